@@ -1,3 +1,34 @@
-"""Windows-authenticated TCP for Trio: SSPI's Negotiate, then sealed messages."""
+"""Windows-authenticated TCP for Trio: SSPI's Negotiate, then sealed messages.
+
+See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`.
+"""
+
+from ._channel import RunBlocking as RunBlocking
+from ._channel import SSPIChannel as SSPIChannel
+from ._channel import SSPIListener as SSPIListener
+from ._errors import AuthenticationError as AuthenticationError
+from ._errors import ConfigurationError as ConfigurationError
+from ._errors import FrameTooLongError as FrameTooLongError
+from ._errors import LocalProtocolError as LocalProtocolError
+from ._errors import MessageTooLongError as MessageTooLongError
+from ._errors import RemoteProtocolError as RemoteProtocolError
+from ._errors import SSPIError as SSPIError
+from ._errors import TruncatedError as TruncatedError
+from ._errors import UnsealError as UnsealError
+from ._session import Tracer as Tracer
+from ._tcp import ServerStatistics as ServerStatistics
+from ._tcp import open_sspi_over_tcp_channel as open_sspi_over_tcp_channel
+from ._tcp import open_sspi_over_tcp_listeners as open_sspi_over_tcp_listeners
+from ._tcp import serve_sspi_listeners as serve_sspi_listeners
+from ._tcp import serve_sspi_over_tcp as serve_sspi_over_tcp
+from ._wire import WireFormat as WireFormat
+from .security.accounts import Account as Account
+from .security.accounts import AccountFile as AccountFile
+from .security.accounts import AccountSource as AccountSource
+from .security.credentials import Acceptor as Acceptor
+from .security.credentials import Initiator as Initiator
+from .security.identity import ContextFlag as ContextFlag
+from .security.identity import ContextSizes as ContextSizes
+from .security.identity import PeerIdentity as PeerIdentity
 
 __version__ = "0.1.0"

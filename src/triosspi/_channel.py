@@ -1,0 +1,457 @@
+"""`SSPIChannel` and `SSPIListener`: a session over a Trio stream."""
+
+# All the thinking about bytes and cryptography is in `_session`; what is left is when to wait.
+#
+# Two tasks may use a channel at once, one sending and one receiving, as with a Trio stream, and a third
+# may close it. The rules that make this safe:
+#
+# * Seal order must be wire order. Sealing happens within the send detector's region, with no checkpoint
+#   between it and `send_all`. Whatever interrupts `send_all` (Cancelled too) may have cut a record in
+#   two, and has in any case used up a sequence number: the channel is broken then.
+# * Receiving is cancel-safe: there is no await between reading the transport and storing what it gave,
+#   nor between taking messages out and returning them. So the checkpoint of the fast path comes first.
+# * The handshake is done once, by whoever needs it first; the others wait for its end, good or bad.
+#   (Trio's own `_Once` leaves a second waiter hanging when the first one fails.)
+# * CLOSED is for ever; BROKEN never overwrites it. So a task that wakes to an error asks first whether
+#   that was our own closing.
+#
+# Closing is the subtle part. Closing a TCP socket with input that nobody has read makes the kernel send
+# RST, which destroys what the peer has not read yet, replies that were sent long before included. So:
+# goodbye, FIN, read until the peer's FIN, close; all of it bounded, since the peer may be hostile. A
+# task that is blocked in `receive` at that moment keeps the transport's receiving side; it is left
+# there, and wakes with the peer's FIN or when the time is up. A cancel scope around each read would wake
+# it at once, and cost every read of every connection.
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Generic, Protocol, TypeVar
+
+import trio
+
+from ._errors import LocalProtocolError, RemoteProtocolError
+from ._session import Session, Tracer
+from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
+from .security.credentials import Acceptor, Initiator
+from .security.identity import ContextSizes, PeerIdentity
+
+#: Seconds; how long `aclose` waits for a peer that does not read the goodbye.
+_GOODBYE_TIMEOUT: Final = 1.0
+#: Seconds and bytes; how long `aclose` waits for the peer's end, and how much it reads meanwhile.
+_DRAIN_TIMEOUT: Final = 1.0
+_DRAIN_LIMIT: Final = 1024 * 1024
+
+StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
+
+
+class RunBlocking(Protocol):
+    """Runs a sync function where it may block; `trio.to_thread.run_sync` is one."""
+
+    def __call__(self, sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> Awaitable[bytes]:
+        """Run ``sync_fn(token)`` and return its result."""
+
+
+class _State(enum.Enum):
+    OK = enum.auto()
+    BROKEN = enum.auto()
+    CLOSED = enum.auto()
+
+
+class _ConflictDetector:
+    """Lets one task in at a time; a second one is an error of the program."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._freed: trio.Event | None = None
+        self.held = False
+
+    def __enter__(self) -> None:
+        if self.held:
+            raise trio.BusyResourceError(self._text)
+        self.held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.held = False
+        if self._freed is not None:
+            self._freed.set()
+
+    async def wait_free(self) -> None:
+        """Wait until the task that is in has left."""
+        if self.held:
+            self._freed = trio.Event()
+            await self._freed.wait()
+
+
+class _Translate:
+    """Turns what the transport and the session raise into the channel's state and Trio's errors."""
+
+    def __init__(
+        self, break_channel: Callable[[BaseException], None], raise_state: Callable[[], None], *, cancel_breaks: bool
+    ) -> None:
+        self._break_channel = break_channel
+        self._raise_state = raise_state
+        self._cancel_breaks = cancel_breaks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: type[BaseException] | None, exc: BaseException | None, _tb: TracebackType | None) -> None:
+        if exc is None or isinstance(exc, LocalProtocolError):
+            return
+        if isinstance(exc, (RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)):
+            self._break_channel(exc)
+            self._raise_state()
+        elif self._cancel_breaks or not isinstance(exc, (trio.Cancelled, trio.EndOfChannel)):
+            self._break_channel(exc)
+
+
+class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
+    r"""Sealed messages over a byte stream, with a peer authenticated by SSPI's Negotiate.
+
+    A message that is sent arrives whole or not at all, once, and in order; nobody but the two sides
+    can read or change it. The handshake runs when it is first needed, or in `do_handshake`. Like a
+    Trio stream, a channel may be used by one sending and one receiving task at a time.
+
+    Anything that the peer, the network or the cryptography does wrong raises
+    `trio.BrokenResourceError`, now and on every later use; its ``__cause__`` tells what it was, a
+    `RemoteProtocolError` or the transport's own error.
+
+    Args:
+      transport_stream: the stream to speak over; the channel owns and closes it. Where it can
+          half-close (`trio.abc.HalfCloseableStream`) replies in flight survive a close.
+      credential: an `Acceptor` makes this the server's side, an `Initiator` the client's.
+      wire: the format; both sides must use the same.
+      max_message_size: bytes of plaintext; a peer that announces more is cut off before anything is
+          allocated.
+      run_blocking: where handshake steps run that may wait for a KDC, DNS or the disk.
+      tracer: is told of each handshake step and each sealed message.
+
+    Attributes:
+      transport_stream: see above.
+      tracer: see above.
+    """
+
+    def __init__(
+        self,
+        transport_stream: StreamT,
+        credential: Acceptor | Initiator,
+        *,
+        wire: WireFormat = WireFormat.FRAMED,
+        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+        run_blocking: RunBlocking = trio.to_thread.run_sync,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.transport_stream: StreamT = transport_stream
+        self._session = Session(credential, wire, max_message_size=max_message_size, tracer=tracer)
+        self.tracer = tracer
+        self._run_blocking = run_blocking
+        self._state = _State.OK
+        self._cause: BaseException | None = None
+        self._handshake_started = False
+        self._handshake_over = trio.Event()
+        self._breaking = _Translate(self._break, self._check_usable, cancel_breaks=True)
+        self._cancel_safe = _Translate(self._break, self._check_usable, cancel_breaks=False)
+        self._sending = _ConflictDetector("another task is sending on this SSPIChannel")
+        self._receiving = _ConflictDetector("another task is receiving on this SSPIChannel")
+        # Opened, and not returned yet.
+        self._opened: deque[bytes] = deque()
+
+    # What the handshake found
+
+    def _established(self) -> Session:
+        if not self._session.established:
+            raise trio.NeedHandshakeError("call do_handshake() first")
+        return self._session
+
+    @property
+    def peer(self) -> PeerIdentity:
+        """Who is there.
+
+        Raises:
+          trio.NeedHandshakeError: before the handshake.
+        """
+        return self._established().peer
+
+    @property
+    def package_name(self) -> str:
+        """``"NTLM"`` or ``"Kerberos"``: SSPI's SECPKG_ATTR_NEGOTIATION_INFO.
+
+        Raises:
+          trio.NeedHandshakeError: before the handshake.
+        """
+        return self._established().package_name
+
+    @property
+    def sizes(self) -> ContextSizes:
+        """Bytes of the trailer and of the longest message: SSPI's SECPKG_ATTR_SIZES.
+
+        Raises:
+          trio.NeedHandshakeError: before the handshake.
+        """
+        return self._established().sizes
+
+    # State
+
+    def _check_usable(self) -> None:
+        if self._state is _State.CLOSED:
+            raise trio.ClosedResourceError("this SSPIChannel is closed")
+        if self._state is _State.BROKEN:
+            raise trio.BrokenResourceError(str(self._cause) or type(self._cause).__name__) from self._cause
+
+    def _break(self, exc: BaseException) -> None:
+        if self._state is not _State.OK:
+            return
+        self._state = _State.BROKEN
+        self._cause = exc
+        if isinstance(exc, trio.BrokenResourceError):
+            # The stream's own error says only that; what it was is behind it. And an acceptor that
+            # refuses a login may well reset the connection where another one would end it.
+            self._cause = self._session.explain_end() or exc.__cause__ or exc
+
+    # Handshake
+
+    async def do_handshake(self) -> None:
+        """Authenticate, unless that was done or is being done by another task, which is waited for.
+
+        Not cancel-safe: a cancelled handshake breaks the channel. There is no time limit; use
+        `trio.fail_after`.
+
+        Raises:
+          trio.BrokenResourceError: it failed; the cause is an `AuthenticationError` if the peer's
+              login (or ours) was refused.
+          trio.ClosedResourceError: the channel was closed.
+        """
+        self._check_usable()
+        await self._ensure_handshake(checkpoint=True)
+
+    async def _ensure_handshake(self, *, checkpoint: bool) -> None:
+        if self._session.established and self._handshake_over.is_set():
+            if checkpoint:
+                await trio.lowlevel.checkpoint()
+        elif self._handshake_started:
+            await self._handshake_over.wait()
+        else:
+            self._handshake_started = True
+            try:
+                with self._breaking:
+                    await self._handshake()
+            finally:
+                # In any case, or whoever else waits for the handshake waits for ever.
+                self._handshake_over.set()
+        self._check_usable()
+
+    async def _handshake(self) -> None:
+        session = self._session
+        token = await self._receive_token() if session.accepts else None
+        while True:
+            if session.may_block:
+                data = await self._run_blocking(session.step, token)
+            else:
+                data = session.step(token)
+            if data:
+                await self.transport_stream.send_all(data)
+            if session.established:
+                break
+            token = await self._receive_token()
+        if not data:
+            await trio.lowlevel.checkpoint()
+
+    async def _receive_token(self) -> bytes:
+        session = self._session
+        while (token := session.next_token()) is None:
+            session.receive_data(await self.transport_stream.receive_some())
+        return token
+
+    # Sending
+
+    async def send(self, value: bytes) -> None:
+        """Seal one message and send it.
+
+        Not cancel-safe: a cancelled `send` breaks the channel, since nobody knows how much of the
+        message has gone.
+
+        Args:
+          value: the message: 1 to ``sizes.max_message`` bytes.
+
+        Raises:
+          LocalProtocolError: (a ValueError) the message is empty or too long; nothing was sent, and
+              the channel is as it was.
+          trio.BrokenResourceError: the connection is gone, or the peer has said goodbye.
+          trio.BusyResourceError: another task is sending.
+          trio.ClosedResourceError: the channel is closed.
+        """
+        await self.send_many((value,))
+
+    async def send_many(self, messages: Sequence[bytes]) -> None:
+        """Seal messages in order and send them at once: one buffer, one `send_all`.
+
+        See `send` for details. When one message cannot be sent, none is.
+        """
+        with self._sending:
+            self._check_usable()
+            await self._ensure_handshake(checkpoint=False)
+            # Here a cancellation costs nothing yet.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._check_usable()
+            if self._session.peer_left:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                # The cause tells it from a lost connection.
+                raise trio.BrokenResourceError(
+                    "the peer has said goodbye, and reads nothing more"
+                ) from trio.EndOfChannel()
+            if not messages:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                return
+            with self._breaking:
+                data = self._session.seal(messages)
+                await self.transport_stream.send_all(data)
+
+    # Receiving
+
+    async def receive(self) -> bytes:
+        """The next message.
+
+        Cancel-safe: a cancelled `receive` loses nothing (but during the handshake it breaks the
+        channel, see `do_handshake`).
+
+        Raises:
+          trio.EndOfChannel: the peer has said goodbye.
+          trio.BrokenResourceError: a message did not open, or the connection is gone. Its cause is a
+              `TruncatedError` with ``at_boundary`` true when the peer closed between two messages
+              without a goodbye, which some peers cannot say.
+          trio.BusyResourceError: another task is receiving.
+          trio.ClosedResourceError: the channel is closed.
+        """
+        with self._receiving:
+            await self._fill()
+            return self._opened.popleft()
+
+    async def receive_many(self) -> list[bytes]:
+        """Every message at hand, at least one.
+
+        See `receive` for details. One wake-up of a task costs many times what a message costs, so a
+        peer that sends without waiting is served best by this and `send_many`.
+        """
+        with self._receiving:
+            await self._fill()
+            messages = list(self._opened)
+            self._opened.clear()
+            return messages
+
+    async def _fill(self) -> None:
+        """Have at least one opened message."""
+        self._check_usable()
+        await self._ensure_handshake(checkpoint=False)
+        session = self._session
+        # What is opened is stored before the checkpoint, so that a cancellation cannot lose it.
+        with self._cancel_safe:
+            if not self._opened:
+                self._opened.extend(session.next_messages())
+            if self._opened:
+                await trio.lowlevel.checkpoint()
+            while not self._opened:
+                # Closed meanwhile? Then what was opened is gone, and the peer's end is not ours to tell.
+                self._check_usable()
+                if session.receive_ended:
+                    raise trio.EndOfChannel
+                session.receive_data(await self.transport_stream.receive_some())
+                self._opened.extend(session.next_messages())
+        self._check_usable()
+
+    # Closing
+
+    async def aclose(self) -> None:
+        """Say goodbye and close, losing nothing of what was sent.
+
+        Takes at most two seconds, whatever the peer does, and next to none with a peer that closes
+        when it is told to: the goodbye is sent, then the transport's end, then what the peer still
+        sends is read and dropped until its end. When this is cancelled, or another task is sending
+        meanwhile, the transport is closed at once. Always leaves everything closed.
+        """
+        if self._state is _State.CLOSED:
+            await trio.lowlevel.checkpoint()
+            return
+        established = self._session.established and self._handshake_over.is_set()
+        polite = self._state is _State.OK and established and not self._sending.held
+        self._state = _State.CLOSED
+        self._opened.clear()
+        try:
+            if self.tracer is not None:
+                self.tracer.closed()
+            if polite:
+                await self._farewell()
+        finally:
+            await self.transport_stream.aclose()
+
+    async def _farewell(self) -> None:
+        transport = self.transport_stream
+        # The peer may be gone already, or its transport broken: then there is nobody to be polite to.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, RemoteProtocolError):
+            with trio.move_on_after(_GOODBYE_TIMEOUT) as in_time:
+                goodbye = self._session.goodbye()
+                if goodbye:
+                    await transport.send_all(goodbye)
+                if isinstance(transport, trio.abc.HalfCloseableStream):
+                    await transport.send_eof()
+            if in_time.cancelled_caught:
+                return
+            with trio.move_on_after(_DRAIN_TIMEOUT):
+                await self._receiving.wait_free()
+                drained = 0
+                while drained < _DRAIN_LIMIT and (data := await transport.receive_some()):
+                    drained += len(data)
+
+
+class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
+    """Wraps a listener, so that its connections are channels.
+
+    `accept` only wraps: the handshake is left to whoever uses the channel, so that a client that
+    dawdles holds up nobody else.
+
+    Args:
+      transport_listener: the listener underneath; it is owned and closed.
+      acceptor: what clients authenticate with.
+      wire: see `SSPIChannel`.
+      max_message_size: see `SSPIChannel`.
+      run_blocking: see `SSPIChannel`.
+      make_tracer: makes the tracer of each connection.
+    """
+
+    def __init__(
+        self,
+        transport_listener: trio.abc.Listener[StreamT],
+        acceptor: Acceptor,
+        *,
+        wire: WireFormat = WireFormat.FRAMED,
+        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+        run_blocking: RunBlocking = trio.to_thread.run_sync,
+        make_tracer: Callable[[], Tracer] | None = None,
+    ) -> None:
+        # Not first when somebody connects.
+        check_max_message_size(max_message_size)
+        self.transport_listener = transport_listener
+        self._acceptor = acceptor
+        self._wire = wire
+        self._max_message_size = max_message_size
+        self._run_blocking = run_blocking
+        self._make_tracer = make_tracer
+
+    async def accept(self) -> SSPIChannel[StreamT]:
+        """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
+        transport_stream = await self.transport_listener.accept()
+        return SSPIChannel(
+            transport_stream,
+            self._acceptor,
+            wire=self._wire,
+            max_message_size=self._max_message_size,
+            run_blocking=self._run_blocking,
+            tracer=None if self._make_tracer is None else self._make_tracer(),
+        )
+
+    async def aclose(self) -> None:
+        """Close the listener underneath."""
+        await self.transport_listener.aclose()

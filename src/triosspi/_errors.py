@@ -1,0 +1,104 @@
+"""The exceptions of triosspi.
+
+There are two culprits, and the class says which: `LocalProtocolError` when *this* program asked for
+something that the wire format or the state does not allow, `RemoteProtocolError` when the peer (or
+whoever sits between) sent something that cannot be accepted. `ConfigurationError` comes before any
+connection exists. All are `SSPIError`.
+
+Channels translate, as Trio's streams do: what the peer did surfaces as
+`trio.BrokenResourceError` whose ``__cause__`` is the `RemoteProtocolError`. So a caller who only wants
+to know *that* a connection is gone catches Trio's exception, and one who wants to know *why* looks at
+its cause; fields, not texts, carry what a program may want to decide by.
+
+Nothing in these texts is secret: no token, key, hash or password, and no text that a peer chose
+except through `printable`.
+"""
+
+from __future__ import annotations
+
+
+def printable(text: object, limit: int = 64) -> str:
+    """Quote text that a peer may have chosen, for a log line: one line, short, no control characters.
+
+    Without this a user name with a line feed in it could forge a second log line.
+    """
+    quoted = ascii(text)
+    return quoted if len(quoted) <= limit else quoted[:limit] + "...'"
+
+
+class SSPIError(Exception):
+    """The root of every exception that is triosspi's own."""
+
+
+class ConfigurationError(SSPIError, ValueError):
+    """An option or a file that cannot be used as it is; the text says what to change."""
+
+
+class LocalProtocolError(SSPIError, ValueError):
+    """This program asked for what the wire format or the channel's state does not allow.
+
+    Nothing was sealed or sent, and the channel is as usable as before.
+    """
+
+
+class MessageTooLongError(LocalProtocolError):
+    """A message is longer than the wire format or the channel's limit allows.
+
+    Attributes:
+      length (int): the message's length in bytes.
+      limit (int): the most that could be sent, in bytes.
+    """
+
+    def __init__(self, length: int, limit: int) -> None:
+        super().__init__(f"a message of {length} bytes is longer than the {limit} bytes allowed here")
+        self.length = length
+        self.limit = limit
+
+
+class RemoteProtocolError(SSPIError):
+    """The peer, or the network between, did something that cannot be accepted."""
+
+
+class FrameTooLongError(RemoteProtocolError):
+    """The peer announced a token or a record longer than the limit; nothing was allocated for it.
+
+    Attributes:
+      length (int): the announced length in bytes.
+      limit (int): the most that would have been accepted, in bytes.
+    """
+
+    def __init__(self, length: int, limit: int) -> None:
+        super().__init__(f"the peer announced {length} bytes where at most {limit} are accepted")
+        self.length = length
+        self.limit = limit
+
+
+class TruncatedError(RemoteProtocolError):
+    """The connection ended where it should not have.
+
+    Attributes:
+      at_boundary (bool): True when it ended between two records. Some peers cannot say goodbye
+          (gss-ntlmssp cannot seal an empty message), so this alone is an ordinary end to many
+          programs; but it is not authenticated, and may be an attacker's cut. An end within a
+          record (False) is never ordinary.
+    """
+
+    def __init__(self, text: str, *, at_boundary: bool) -> None:
+        super().__init__(text)
+        self.at_boundary = at_boundary
+
+
+class UnsealError(RemoteProtocolError):
+    """A sealed message did not open: altered, replayed, out of order, or not encrypted at all.
+
+    The security context is poisoned by it (both NTLM and Kerberos count messages), so the
+    connection is broken for good.
+    """
+
+
+class AuthenticationError(RemoteProtocolError):
+    """The handshake failed.
+
+    The text is for the operator's log. Nothing of it may be told to the peer, who could tell from
+    it a wrong password from an unknown account.
+    """

@@ -1,0 +1,248 @@
+"""One connection without its I/O: the handshake, then sealed messages."""
+
+# What has to be right here, and why it is not obvious:
+#
+# A session is a wire format times a security context. Bytes go in (`receive_data` only stores them)
+# and come out (`step`, `seal` and `goodbye` return what must be sent); nothing here waits, so all of
+# it can be tested byte by byte, and the channel above has nothing left to do but await.
+#
+# What SSPI (and GSS-API) guarantee about sealed messages: who made them, that they are whole, and
+# their order. Each is numbered inside its signature, so a replayed, dropped, reordered or reflected
+# one does not open. The price is that a context is poisoned by the first bad message: both sides'
+# counters, and NTLM's running RC4 state, have moved. So the first failure is final, and everything
+# that is sealed must also be sent, in that order.
+#
+# What they do not guarantee is the end. A closed TCP connection is nobody's signed word, so the framed
+# format has a goodbye, a sealed empty message. Without one an end may be an attacker's cut.
+#
+# When the handshake ends, the two sides need not agree that it has. The side that speaks last is done
+# before the other has judged that token: a raw NTLM client, whose third token is refused, believes
+# itself logged in, and then sees the connection close. Until that acceptor has sealed something that
+# opens, it has proved nothing; this is what `_unproven` remembers.
+#
+# Errors come after what was good: the messages before a bad record, or before a goodbye, are handed
+# over first, whatever the pieces in which the bytes arrived.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal, Protocol
+
+from . import _wire
+from ._errors import AuthenticationError, LocalProtocolError, RemoteProtocolError, TruncatedError
+from ._wire import WireFormat, make_codec
+from .security.context import SecurityContext
+from .security.credentials import Acceptor, Initiator
+from .security.identity import ContextFlag, ContextSizes, PeerIdentity
+
+#: Tokens of the peer; Kerberos needs 1 or 2, NTLM 2, SPNEGO around them at most 2 more.
+MAX_ROUNDS: Final = 10
+
+# What a Kerberos context must provide. The sample's client asks for confidentiality and nothing else;
+# where messages go back and forth, a missing, repeated or exchanged one must be noticed.
+_DEMANDED: Final = {
+    WireFormat.SAMPLE: ContextFlag.CONF,
+    WireFormat.FRAMED: ContextFlag.CONF | ContextFlag.INTEG | ContextFlag.REPLAY | ContextFlag.SEQUENCE,
+}
+
+
+class Tracer(Protocol):
+    """Sees what a session does, as it does it. For diagnosis: tokens can be attacked offline."""
+
+    def token_received(self, token: bytes) -> None:
+        """A handshake token has come from the peer."""
+
+    def token_made(self, token: bytes, established: bool) -> None:
+        """A step has ended; ``token``, if not empty, goes to the peer."""
+
+    def message_sealed(self, message: bytes, trailer: bytes, ciphertext: bytes) -> None:
+        """A message was sealed, and goes to the peer."""
+
+    def closed(self) -> None:
+        """The connection is over."""
+
+
+class Session:
+    """The state of one connection. See the head of the file.
+
+    Args:
+      credential: an `Acceptor` or an `Initiator`: which of the two decides the side.
+      wire: the format.
+      max_message_size: bytes of plaintext, for both directions.
+      tracer: is told of each step.
+
+    Attributes:
+      receive_ended (bool): every message was handed over and no more can come: the peer has said
+          goodbye, or the format lets it say nothing more.
+    """
+
+    def __init__(
+        self,
+        credential: Acceptor | Initiator,
+        wire: WireFormat,
+        *,
+        max_message_size: int = _wire.DEFAULT_MAX_MESSAGE_SIZE,
+        tracer: Tracer | None = None,
+    ) -> None:
+        _wire.check_max_message_size(max_message_size)
+        self._context: SecurityContext = credential.new_context(_DEMANDED[wire])
+        self._codec = make_codec(wire, max_message_size)
+        self._wire = wire
+        self._tracer = tracer
+        self._rounds = 0
+        self._unproven = False
+        self._said_all = False
+        # What comes behind the messages already opened: an error, or an end as it should be.
+        self._ending: RemoteProtocolError | Literal["end"] | None = None
+        self.receive_ended = False
+
+    @property
+    def accepts(self) -> bool:
+        """Whether this is the acceptor's side; the initiator speaks first."""
+        return self._context.usage == "accept"
+
+    @property
+    def may_block(self) -> bool:
+        """Whether `step` may wait for a KDC, DNS or the disk."""
+        return self._context.may_block
+
+    @property
+    def established(self) -> bool:
+        """Whether the handshake is over and the peer authenticated."""
+        return self._context.established
+
+    @property
+    def peer(self) -> PeerIdentity:
+        """Who is there. Only once `established`."""
+        return self._context.peer
+
+    @property
+    def package_name(self) -> str:
+        """See `SecurityContext.package_name`. Only once `established`."""
+        return self._context.package_name
+
+    @property
+    def sizes(self) -> ContextSizes:
+        """See `ContextSizes`. Only once `established`."""
+        return ContextSizes(self._context.trailer_size, self._codec.message_limit)
+
+    def receive_data(self, data: bytes | bytearray) -> None:
+        """Store what the transport gave; empty is the end of the stream."""
+        self._codec.feed(data)
+
+    def next_token(self) -> bytes | None:
+        """The peer's next handshake token, to be given to `step`; None: more bytes are needed.
+
+        Raises:
+          RemoteProtocolError: there can be none.
+        """
+        try:
+            token = self._codec.next_token()
+        except TruncatedError as exc:
+            raise self.explain_end() or exc from None
+        if token is not None:
+            self._rounds += 1
+            if self._rounds > MAX_ROUNDS:
+                raise AuthenticationError(f"no end after {MAX_ROUNDS} tokens")
+            if self._tracer is not None:
+                self._tracer.token_received(token)
+        return token
+
+    def step(self, token: bytes | None) -> bytes:
+        """Take the peer's token (None at an initiator's start); returns the bytes to send, maybe none.
+
+        May block, see `may_block`. What it returns must be sent even if `established` is now True.
+
+        Raises:
+          AuthenticationError: the handshake has failed.
+        """
+        answer = self._context.step(token)
+        data = self._codec.pack_token(answer) if answer else b""
+        if self._tracer is not None:
+            self._tracer.token_made(answer, self.established)
+        if self.established:
+            self._codec.begin_records(self._context.trailer_size)
+            self._unproven = bool(answer) and not self.accepts
+            # In the sample's format only the acceptor speaks.
+            self._said_all = self._wire is WireFormat.SAMPLE and not self.accepts
+            self.receive_ended = self._wire is WireFormat.SAMPLE and self.accepts
+        elif not answer and token is not None and not self.accepts:
+            raise AuthenticationError("the mechanism has nothing more to say, and is not done")
+        return data
+
+    def seal(self, messages: Sequence[bytes]) -> bytes:
+        """Seal messages, in order, into the bytes to send. These must be sent, before any others.
+
+        Raises:
+          LocalProtocolError: one of them cannot be sent; then none was sealed.
+          UnsealError: the context is of no use any more.
+        """
+        if self._said_all:
+            raise LocalProtocolError("nothing more can be sent: the sample's format has one message, the acceptor's")
+        self._codec.check_messages(messages)
+        if self._wire is WireFormat.SAMPLE:
+            if len(messages) > 1:
+                raise LocalProtocolError("the sample's format has one message only")
+            self._said_all = True
+        seal = self._context.seal
+        records = [seal(message) for message in messages]
+        if self._tracer is not None:
+            for message, (trailer, ciphertext) in zip(messages, records, strict=True):
+                self._tracer.message_sealed(message, trailer, ciphertext)
+        return self._codec.pack_records(records)
+
+    @property
+    def peer_left(self) -> bool:
+        """Whether the peer has said goodbye, and so reads nothing more."""
+        return self.receive_ended and self._codec.has_goodbye
+
+    def goodbye(self) -> bytes:
+        """The bytes that say goodbye, once; none where it was said, or cannot be, or nobody listens."""
+        if not self.established or self._said_all or self.peer_left or not self._codec.has_goodbye:
+            return b""
+        self._said_all = True
+        return self._codec.pack_records([self._context.seal(b"")])
+
+    def next_messages(self) -> list[bytes]:
+        """Open everything at hand. Empty: more bytes are needed, or `receive_ended`.
+
+        Raises:
+          RemoteProtocolError: nothing more can come.
+        """
+        messages: list[bytes] = []
+        if self._ending is None and not self.receive_ended:
+            try:
+                self._open_records(messages)
+            except RemoteProtocolError as exc:
+                unexplained = isinstance(exc, TruncatedError)
+                self._ending = (self.explain_end() if unexplained else None) or exc
+        if not messages and self._ending is not None:
+            if isinstance(self._ending, RemoteProtocolError):
+                raise self._ending
+            self.receive_ended = True
+        return messages
+
+    def _open_records(self, messages: list[bytes]) -> None:
+        codec, open_record = self._codec, self._context.open
+        for trailer, ciphertext in codec.records():
+            message = open_record(trailer, ciphertext)
+            self._unproven = False
+            if message or not codec.has_goodbye:
+                messages.append(message)
+            if not (message and codec.has_goodbye):
+                # A goodbye, or the sample's one message. What follows is discarded, never parsed.
+                codec.discard()
+                self._ending = "end"
+                break
+
+    def explain_end(self) -> AuthenticationError | None:
+        """What it means that the connection ends now: to an initiator maybe that it was refused."""
+        if self.accepts:
+            return None
+        if not self.established:
+            return AuthenticationError(
+                "the acceptor closed the connection during the handshake: login probably refused"
+            )
+        if self._unproven:
+            return AuthenticationError("the acceptor closed without a word: login probably refused")
+        return None

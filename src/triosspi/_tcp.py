@@ -1,0 +1,372 @@
+"""Channels over TCP: a client's one, a server's many."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, NoReturn, TypeAlias
+
+import trio
+
+from ._channel import RunBlocking, SSPIChannel, SSPIListener
+from ._errors import TruncatedError
+from ._session import Tracer
+from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
+from .security.credentials import Acceptor, Initiator
+
+log = logging.getLogger("triosspi.server")
+
+TCPChannel: TypeAlias = SSPIChannel[trio.SocketStream]
+TCPListener: TypeAlias = SSPIListener[trio.SocketStream]
+Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
+
+#: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
+DEFAULT_HANDSHAKE_TIMEOUT: Final = 30.0
+
+# accept(2): the machine is out of something, and may have it again soon.
+_CAPACITY_ERRNOS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+_CAPACITY_PAUSE: Final = 0.1
+# accept(2) under Linux passes on what happened to a connection before it was accepted.
+_CONNECTION_ERRNOS: Final = {
+    getattr(errno, name)
+    for name in (
+        "ECONNABORTED",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "ENETDOWN",
+        "ENETUNREACH",
+        "ENONET",
+        "ENOPROTOOPT",
+        "EOPNOTSUPP",
+        "EPERM",
+        "EPROTO",
+    )
+    if hasattr(errno, name)
+}
+
+
+@dataclass(slots=True)
+class ServerStatistics:
+    """Counts what `serve_sspi_over_tcp` does. Pass one in, and look at it at any time.
+
+    Attributes:
+      accepted: connections.
+      authenticated: handshakes that succeeded, so also handlers that were called.
+      refused: handshakes that failed, through the peer or the network.
+      timed_out: handshakes that took longer than ``handshake_timeout``.
+      handler_errors: handlers that raised something of their own.
+      lost: sessions in which the connection was lost or a message did not open.
+      accept_errors: failures of accept(2).
+    """
+
+    accepted: int = 0
+    authenticated: int = 0
+    refused: int = 0
+    timed_out: int = 0
+    handler_errors: int = 0
+    lost: int = 0
+    accept_errors: int = 0
+
+
+async def open_sspi_over_tcp_channel(
+    host: str,
+    port: int,
+    initiator: Initiator,
+    *,
+    wire: WireFormat = WireFormat.FRAMED,
+    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    tracer: Tracer | None = None,
+    happy_eyeballs_delay: float | None = 0.25,
+) -> TCPChannel:
+    """Connect to a server. The handshake is left to the first use, or `SSPIChannel.do_handshake`.
+
+    Args:
+      host: name or address; also the target's host where the initiator names no target.
+      port: TCP port.
+      initiator: what to log in with.
+      wire: see `SSPIChannel`.
+      max_message_size: see `SSPIChannel`.
+      run_blocking: see `SSPIChannel`.
+      tracer: see `SSPIChannel`.
+      happy_eyeballs_delay: seconds, see `trio.open_tcp_stream`.
+
+    Raises:
+      OSError: no connection, see `trio.open_tcp_stream`.
+    """
+    stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
+    return SSPIChannel(
+        stream,
+        initiator.with_default_host(host),
+        wire=wire,
+        max_message_size=max_message_size,
+        run_blocking=run_blocking,
+        tracer=tracer,
+    )
+
+
+async def open_sspi_over_tcp_listeners(
+    port: int,
+    acceptor: Acceptor,
+    *,
+    host: str | None = None,
+    wire: WireFormat = WireFormat.FRAMED,
+    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    make_tracer: Callable[[], Tracer] | None = None,
+    backlog: int | None = None,
+) -> list[TCPListener]:
+    """Listen. Accepting only wraps: the handshake is left to whoever uses the channel.
+
+    Args:
+      port: TCP port; 0 lets the system choose.
+      acceptor: what clients authenticate with.
+      host: name or address to bind; None binds all interfaces, IPv4 and IPv6.
+      wire: see `SSPIChannel`.
+      max_message_size: see `SSPIChannel`.
+      run_blocking: see `SSPIChannel`.
+      make_tracer: see `SSPIListener`.
+      backlog: see `trio.open_tcp_listeners`.
+
+    Raises:
+      OSError: see `trio.open_tcp_listeners`.
+    """
+    # Before anything is opened that nobody would close.
+    check_max_message_size(max_message_size)
+    return [
+        SSPIListener(
+            listener,
+            acceptor,
+            wire=wire,
+            max_message_size=max_message_size,
+            run_blocking=run_blocking,
+            make_tracer=make_tracer,
+        )
+        for listener in await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    ]
+
+
+async def serve_sspi_over_tcp(
+    handler: Handler,
+    port: int,
+    acceptor: Acceptor,
+    *,
+    host: str | None = None,
+    wire: WireFormat = WireFormat.FRAMED,
+    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    make_tracer: Callable[[], Tracer] | None = None,
+    backlog: int | None = None,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    handler_nursery: trio.Nursery | None = None,
+    statistics: ServerStatistics | None = None,
+    task_status: trio.TaskStatus[list[TCPListener]] = trio.TASK_STATUS_IGNORED,
+) -> NoReturn:
+    """Listen, authenticate every client, and call ``handler(channel)`` for each that succeeds.
+
+    Unlike `trio.serve_tcp`, this goes on whatever happens to one connection: a handshake that fails
+    or takes too long, a handler that raises, a peer that vanishes are logged (to the logger
+    ``triosspi.server``) and counted. The channel is closed when the handler returns.
+
+    Args:
+      handler: called in a task of its own with an authenticated channel.
+      port: see `open_sspi_over_tcp_listeners`.
+      acceptor: see `open_sspi_over_tcp_listeners`.
+      host: see `open_sspi_over_tcp_listeners`.
+      wire: see `SSPIChannel`.
+      max_message_size: see `SSPIChannel`.
+      run_blocking: see `SSPIChannel`.
+      make_tracer: see `SSPIListener`.
+      backlog: see `trio.open_tcp_listeners`.
+      handshake_timeout: seconds for each client's whole handshake.
+      handler_nursery: where connections' tasks run; by default a nursery of its own.
+      statistics: is counted up.
+      task_status: `trio.Nursery.start` returns the listeners.
+
+    Returns:
+      Never, unless cancelled.
+    """
+    listeners = await open_sspi_over_tcp_listeners(
+        port,
+        acceptor,
+        host=host,
+        wire=wire,
+        max_message_size=max_message_size,
+        run_blocking=run_blocking,
+        make_tracer=make_tracer,
+        backlog=backlog,
+    )
+    await serve_sspi_listeners(
+        handler,
+        listeners,
+        handshake_timeout=handshake_timeout,
+        handler_nursery=handler_nursery,
+        statistics=statistics,
+        task_status=task_status,
+    )
+
+
+async def serve_sspi_listeners(
+    handler: Handler,
+    listeners: list[TCPListener],
+    *,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    handler_nursery: trio.Nursery | None = None,
+    statistics: ServerStatistics | None = None,
+    task_status: trio.TaskStatus[list[TCPListener]] = trio.TASK_STATUS_IGNORED,
+) -> NoReturn:
+    """Serve listeners that are open already; they are closed at the end.
+
+    See `serve_sspi_over_tcp` for details.
+    """
+    counts = statistics if statistics is not None else ServerStatistics()
+
+    async def serve(channel: TCPChannel) -> None:
+        await serve_connection(channel, handler, handshake_timeout, counts)
+
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept_forever, listener, serve, handler_nursery or nursery, counts)
+        # A nursery's block would end here, and the listeners' tasks never do.
+        task_status.started(listeners)
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+async def _accept_forever(
+    listener: TCPListener, serve: Handler, nursery: trio.Nursery, counts: ServerStatistics
+) -> NoReturn:
+    async with listener:
+        while True:
+            try:
+                channel = await listener.accept()
+            except OSError as exc:
+                counts.accept_errors += 1
+                if exc.errno in _CAPACITY_ERRNOS:
+                    log.error(  # noqa: TRY400 - the reason is all there is to it
+                        "cannot accept: %s; trying again in %s s", exc.strerror, _CAPACITY_PAUSE
+                    )
+                    await trio.sleep(_CAPACITY_PAUSE)
+                elif exc.errno in _CONNECTION_ERRNOS:
+                    log.info("a connection was gone before it was accepted: %s", exc.strerror)
+                else:
+                    raise
+            else:
+                counts.accepted += 1
+                nursery.start_soon(serve, channel)
+
+
+async def serve_connection(
+    channel: TCPChannel, handler: Handler, handshake_timeout: float, counts: ServerStatistics
+) -> bool:
+    """One connection, from accept to close. Raises nothing but Cancelled and its like.
+
+    Returns:
+      Whether the peer was authenticated, and so the handler called.
+    """
+    source = peer_address(channel)
+    authenticated = False
+    try:
+        authenticated = await _authenticate(channel, source, handshake_timeout, counts)
+    finally:
+        if not authenticated:
+            await trio.aclose_forcefully(channel)
+    if authenticated:
+        await _run_handler(channel, handler, source, counts)
+    return authenticated
+
+
+async def _authenticate(channel: TCPChannel, source: str, handshake_timeout: float, counts: ServerStatistics) -> bool:
+    try:
+        with trio.move_on_after(handshake_timeout) as in_time:
+            await channel.do_handshake()
+    except trio.BrokenResourceError as exc:
+        counts.refused += 1
+        log.warning("%s: login refused: %s", source, exc)
+        return False
+    except Exception:
+        # Not the peer's doing, but still only this connection's end.
+        counts.refused += 1
+        log.exception("%s: the handshake failed through an error of ours", source)
+        return False
+    if in_time.cancelled_caught:
+        counts.timed_out += 1
+        log.warning("%s: no login within %s s", source, handshake_timeout)
+        return False
+    counts.authenticated += 1
+    return True
+
+
+async def _run_handler(channel: TCPChannel, handler: Handler, source: str, counts: ServerStatistics) -> None:
+    try:
+        async with channel:
+            # Accounted for within the block: closing takes its time, and when cancelled replaces the
+            # handler's error.
+            await _call_handler(channel, handler, source, counts)
+    except Exception as exc:  # noqa: BLE001 - logged with its traceback
+        _account_for(exc, channel, source, counts)
+
+
+async def _call_handler(channel: TCPChannel, handler: Handler, source: str, counts: ServerStatistics) -> None:
+    try:
+        await handler(channel)
+    except Exception as exc:  # noqa: BLE001 - logged with its traceback
+        _account_for(exc, channel, source, counts)
+    except BaseExceptionGroup as group:
+        # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
+        errors = group.subgroup(Exception)
+        if errors is not None:
+            _account_for(errors, channel, source, counts)
+        raise
+
+
+def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
+    end = _connection_end(exc)
+    if end is None:
+        counts.handler_errors += 1
+        log.error("%s: %s: the handler failed", source, channel.peer, exc_info=exc)
+    elif is_ordinary_end(end):
+        log.info("%s: %s: closed by the peer", source, channel.peer)
+    else:
+        counts.lost += 1
+        log.warning("%s: %s: connection lost: %s", source, channel.peer, end)
+
+
+def _connection_end(exc: Exception) -> Exception | None:
+    """The end of the connection that a handler ran into, if that is all that it raised."""
+    if isinstance(exc, ExceptionGroup):
+        ends = [_connection_end(inner) for inner in exc.exceptions]
+        return None if None in ends else ends[0]
+    return exc if isinstance(exc, (trio.BrokenResourceError, trio.EndOfChannel)) else None
+
+
+def is_ordinary_end(exc: Exception) -> bool:
+    """Whether a peer that simply was done raises this: a goodbye, or an end between two messages.
+
+    The latter because some peers cannot say goodbye; whoever must tell it from an attacker's cut
+    looks at `TruncatedError` himself.
+    """
+    cause = exc.__cause__
+    if isinstance(cause, TruncatedError):
+        return cause.at_boundary
+    return isinstance(exc, trio.EndOfChannel) or isinstance(cause, trio.EndOfChannel)
+
+
+def peer_address(channel: TCPChannel) -> str:
+    """Where a channel's peer connects from, for people: ``192.0.2.1:50000`` or ``[2001:db8::1]:50000``."""
+    try:
+        address = channel.transport_stream.socket.getpeername()
+    except OSError:
+        # The peer is gone already.
+        return "unknown address"
+    if not isinstance(address, tuple):
+        # A Unix socket's, mostly empty.
+        return "unknown address"
+    host, port, *_ = address
+    return format_address(host, port)
+
+
+def format_address(host: str, port: int) -> str:
+    """An address and port in one, as URLs write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

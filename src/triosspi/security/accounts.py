@@ -1,0 +1,283 @@
+r"""The NTLM account file, indexed.
+
+NTLM's acceptor must know each account's NT hash (MD4 of the UTF-16 password): on Linux that is a file.
+Its lines are those of Samba's smbpasswd(5), which pyspnego and gss-ntlmssp read too::
+
+    DOM\alice:65534:00000000000000000000000000000000:8846F7EAEE8FB117AD06BDD830B7586C:[U          ]:LCT-65000000
+
+and, still read but warned about, clear ones: ``DOM:alice:password``. The LM field is never used.
+
+An NT hash is as good as the password to whoever has it, so a file of hashes is as secret as one of
+passwords: 0600, and nothing here ever shows one.
+"""
+
+from __future__ import annotations
+
+import binascii
+import logging
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+from .._errors import ConfigurationError, printable
+from .names import simple_upper
+from .spnego_compat import nt_hash
+
+log = logging.getLogger("triosspi.accounts")
+
+_NT_HASH_SIZE: Final = 16
+_CLEAR_FIELDS: Final = 3
+_SMBPASSWD_FIELDS: Final = 6
+
+# A character of these in a name could end a field of the file, or make "DOM\user" ambiguous.
+_FORBIDDEN: Final = frozenset("\\:\0\r\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    r"""One account that may log in by NTLM.
+
+    Attributes:
+      domain: as spelled in the file; empty when the account answers for any domain.
+      name: as spelled in the file; may be ``user@realm``.
+      nt_hash: MD4 of the UTF-16LE password, 16 bytes ([MS-NLMP] 3.3.1 NTOWFv1).
+      enabled: False refuses every login.
+    """
+
+    domain: str
+    name: str
+    nt_hash: bytes = field(repr=False)
+    enabled: bool = True
+
+    @property
+    def principal(self) -> str:
+        r"""``DOM\name``, or the bare name of an account without a domain."""
+        return f"{self.domain}\\{self.name}" if self.domain else self.name
+
+
+class AccountSource(Protocol):
+    """Where an acceptor finds the accounts that may log in by NTLM.
+
+    `AccountFile` is one; a program with its own store brings another. The one method is enough: it is
+    then called in a worker thread, since it may block. A source that answers from memory says so by
+    an attribute ``may_block`` that is false, which saves the thread (about 165 microseconds).
+    """
+
+    def lookup(self, domain: str, user: str) -> Account | None:
+        r"""Find an account.
+
+        Args:
+          domain: as the client sent it, maybe empty; workgroup clients send their computer's name.
+          user: as the client sent it, never empty; may be ``user@realm``.
+        """
+        ...  # pragma: no cover
+
+
+def split_principal(principal: str) -> tuple[str, str]:
+    r"""Split ``DOM\user`` into domain and user; ``user`` and ``user@realm`` have no domain.
+
+    Raises:
+      ConfigurationError: there is no user, or a character that no account name can have.
+    """
+    domain, backslash, user = principal.rpartition("\\")
+    if not user or (backslash and not domain) or _FORBIDDEN.intersection(domain + user):
+        raise ConfigurationError(f"{printable(principal)} is no account name: write 'DOM\\user' or 'user'")
+    return domain, user
+
+
+def account_key(domain: str, user: str) -> str:
+    """What two spellings of one account have in common."""
+    return simple_upper(f"{domain}\\{user}")
+
+
+class AccountTable:
+    """Accounts in memory, found in the same time whether there is one or a hundred thousand.
+
+    An account without a domain answers for every domain that has no account of its own for that user.
+    """
+
+    #: A `lookup` never waits for anything.
+    may_block: Final = False
+
+    # One bytes object per account, not an Account: 100,000 of them must stay under 40 MB.
+    __slots__ = ("_packed",)
+
+    def __init__(self) -> None:
+        self._packed: dict[str, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __iter__(self) -> Iterator[Account]:
+        return map(self._unpack, self._packed.values())
+
+    def add(self, account: Account) -> bool:
+        """Add an account; the first of two with the same name stays. Returns whether it was added."""
+        key = account_key(account.domain, account.name)
+        if key in self._packed:
+            return False
+        self._packed[key] = account.nt_hash + bytes([account.enabled]) + account.principal.encode()
+        return True
+
+    def lookup(self, domain: str, user: str) -> Account | None:
+        """See `AccountSource.lookup`."""
+        packed = self._packed.get(account_key(domain, user))
+        if packed is None and domain:
+            packed = self._packed.get(account_key("", user))
+        return None if packed is None else self._unpack(packed)
+
+    @staticmethod
+    def _unpack(packed: bytes) -> Account:
+        domain, _, name = packed[_NT_HASH_SIZE + 1 :].decode().rpartition("\\")
+        return Account(domain, name, packed[:_NT_HASH_SIZE], bool(packed[_NT_HASH_SIZE]))
+
+
+def parse_line(line: str) -> tuple[Account, bool] | None:
+    """Read one line of an account file.
+
+    Returns:
+      The account and whether its password stood there in clear; None for an empty line or a comment.
+
+    Raises:
+      ConfigurationError: the line is neither form; the text quotes nothing of it.
+    """
+    if not line.strip() or line.startswith("#"):
+        return None
+    fields = line.split(":")
+    if len(fields) == _CLEAR_FIELDS:
+        domain, user, password = fields
+        if not user or _FORBIDDEN.intersection(domain + user):
+            raise ConfigurationError("no such account name is possible")
+        return Account(domain, user, nt_hash(password)), True
+    # Samba ends its lines with a colon, pyspnego's reader wants none.
+    if len(fields) == _SMBPASSWD_FIELDS or (len(fields) == _SMBPASSWD_FIELDS + 1 and not fields[-1]):
+        try:
+            domain, user = split_principal(fields[0])
+        except ConfigurationError:
+            raise ConfigurationError("no such account name is possible") from None
+        flags = fields[4]
+        if not (flags.startswith("[") and flags.endswith("]")):
+            raise ConfigurationError("the flags are not in brackets, as in [U]")
+        hashed = fields[3]
+        if hashed.startswith(("NO PASSWORD", "X")):
+            return Account(domain, user, bytes(_NT_HASH_SIZE), enabled=False), False
+        try:
+            digest = binascii.unhexlify(hashed)
+        except ValueError:
+            digest = b""
+        if len(digest) != _NT_HASH_SIZE:
+            raise ConfigurationError("the NT hash is not 32 hexadecimal digits")
+        # D: disabled; N: no password, which smbpasswd(5) means as "anyone may": never here.
+        return Account(domain, user, digest, enabled=not {"D", "N"} & set(flags)), False
+    raise ConfigurationError(f"{len(fields)} fields between colons; an smbpasswd line has 6, DOMAIN:USER:PASSWORD 3")
+
+
+def parse(text: str, source: str) -> AccountTable:
+    """Read a whole account file. A bad line is reported with its number, and the rest still serves.
+
+    Raises:
+      ConfigurationError: there are lines, and none is an account's.
+    """
+    table = AccountTable()
+    clear = bad = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            parsed = parse_line(line.rstrip("\r"))
+        except ConfigurationError as exc:
+            log.warning("%s:%d: line ignored: %s", source, number, exc)
+            bad += 1
+            continue
+        if parsed is None:
+            continue
+        account, in_clear = parsed
+        clear += in_clear
+        if not table.add(account):
+            log.warning("%s:%d: line ignored: %s stands further up", source, number, printable(account.principal))
+    if bad and not len(table):
+        raise ConfigurationError(f"no line of {source} is an account's")
+    if clear:
+        log.warning("%s: %d passwords in clear; 'triosspi accounts import' replaces them by hashes", source, clear)
+    return table
+
+
+class AccountFile:
+    """An account file on disk, read again whenever it has changed.
+
+    An edit takes effect at the next login. One that cannot be read, or in which no line can be, is
+    reported, and the accounts that were there before still serve; a line that cannot be read is
+    reported with its number, and the others serve.
+
+    May be used by several threads at once.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ConfigurationError: it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._seen = self._signature()
+        self._table = self._load()
+
+    def __repr__(self) -> str:
+        return f"AccountFile({str(self.path)!r})"
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __iter__(self) -> Iterator[Account]:
+        return iter(self._table)
+
+    @property
+    def may_block(self) -> bool:
+        """Whether the next `lookup` will read the file; this looks only at its date (2 microseconds)."""
+        return self._signature() != self._seen
+
+    def lookup(self, domain: str, user: str) -> Account | None:
+        """See `AccountSource.lookup`."""
+        signature = self._signature()
+        if signature != self._seen:
+            with self._lock:
+                if signature != self._seen:
+                    self._reload(signature)
+        return self._table.lookup(domain, user)
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _reload(self, signature: tuple[int, int, int] | None) -> None:
+        try:
+            self._table = self._load()
+        except ConfigurationError as exc:
+            log.error("%s; the %d accounts read before still serve", exc, len(self._table))  # noqa: TRY400 - it says all
+        else:
+            log.info("%s: %d accounts", self.path, len(self._table))
+        # Also after a failure, or every login would read the broken file and report it again.
+        self._seen = signature
+
+    def _load(self) -> AccountTable:
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                self._warn_if_readable(os.fstat(file.fileno()))
+                text = file.read()
+        except OSError as exc:
+            raise ConfigurationError(f"cannot read the account file {self.path}: {exc.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(f"the account file {self.path} is not UTF-8 text") from None
+        return parse(text, str(self.path))
+
+    def _warn_if_readable(self, status: os.stat_result) -> None:
+        # Windows has no such bits; there the file is not used either.
+        if os.name == "posix" and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            log.warning("%s: others may read it, and log in with what they read: chmod 600", self.path)

@@ -1,0 +1,183 @@
+"""One hardened pyspnego context: step, seal, open, and who is there.
+
+This is the boundary behind which pyspnego, python-gssapi and the account source may raise anything at
+all: ValueError, struct.error, KeyError, IndexError, UnicodeDecodeError, OverflowError, StopIteration
+and AttributeError were all seen on hostile tokens. Nothing but `AuthenticationError` and `UnsealError`
+comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+from spnego import ContextProxy
+
+from .._errors import AuthenticationError, UnsealError, printable
+from .identity import PeerIdentity
+from .sealers import NTLM_TRAILER_SIZE, GSSWrapSealer, ProxySealer, Sealer
+from .spnego_compat import inner_context, is_gssapi
+
+Usage = Literal["initiate", "accept"]
+
+_PACKAGES: Final = {"ntlm": "NTLM", "kerberos": "Kerberos"}
+
+_NTLMSSP: Final = b"NTLMSSP\0"
+# DER of the mechanism's OID, as it stands in an InitialContextToken (RFC 2743 3.1).
+_OID_SPNEGO: Final = bytes.fromhex("06062b0601050502")
+_OID_KERBEROS: Final = bytes.fromhex("06092a864886f712010202")
+_INITIAL_CONTEXT_TOKEN: Final = b"\x60"
+_NEG_TOKEN_INIT: Final = b"\xa0"
+_LONG_LENGTH: Final = 0x80
+
+
+def first_token_kind(token: bytes) -> str:
+    """What an initiator begins with: ``"spnego"``, ``"ntlm"`` or ``"kerberos"``.
+
+    Windows sends raw NTLM when that is all it has, and raw Kerberos to a server that it asked for
+    by that name; both are as normal as SPNEGO.
+
+    Raises:
+      AuthenticationError: none of these.
+    """
+    if token.startswith(_NTLMSSP):
+        return "ntlm"
+    if token[:1] == _NEG_TOKEN_INIT:
+        return "spnego"
+    if token[:1] == _INITIAL_CONTEXT_TOKEN and len(token) > 1:
+        length, body = token[1], 2
+        if length & _LONG_LENGTH:
+            body += length & ~_LONG_LENGTH
+            length = int.from_bytes(token[2:body], "big")
+        # pyspnego takes what is there, whatever the length says.
+        if length == len(token) - body:
+            if token.startswith(_OID_SPNEGO, body):
+                return "spnego"
+            if token.startswith(_OID_KERBEROS, body):
+                return "kerberos"
+    raise AuthenticationError("the first token is neither SPNEGO, nor NTLM, nor Kerberos")
+
+
+def _describe(exc: Exception) -> str:
+    # The text may hold what the peer sent (a KeyError's key, a name that was not found).
+    return f"{type(exc).__name__} {printable(str(exc), 200)}" if str(exc) else type(exc).__name__
+
+
+class SecurityContext:
+    """One side of one handshake, and the sealing after it. Made by `Acceptor` and `Initiator`.
+
+    Not thread-safe, but may be moved from thread to thread between calls.
+
+    Attributes:
+      usage: ``"accept"`` or ``"initiate"``.
+      established: True once the peer is authenticated, and never otherwise.
+    """
+
+    def __init__(
+        self,
+        usage: Usage,
+        open_proxy: Callable[[bytes | None], ContextProxy],
+        check: Callable[[ContextProxy], PeerIdentity],
+        *,
+        may_block: Callable[[], bool],
+    ) -> None:
+        self.usage: Usage = usage
+        self._may_block = may_block
+        self.established = False
+        self._open_proxy = open_proxy
+        self._check = check
+        self._proxy: ContextProxy | None = None
+        self._failed = False
+        self._peer: PeerIdentity | None = None
+        self._sealer: Sealer | None = None
+
+    @property
+    def may_block(self) -> bool:
+        """Whether the next `step` may talk to a KDC or DNS, or read files; then it belongs in a thread."""
+        return self._may_block()
+
+    def step(self, token: bytes | None) -> bytes:
+        """Take the peer's token (None at an initiator's start) and give the next one, maybe empty.
+
+        Raises:
+          AuthenticationError: the handshake has failed, for good.
+        """
+        if self._failed:
+            raise AuthenticationError("the handshake has failed before")
+        try:
+            if self._proxy is None:
+                self._proxy = self._open_proxy(token)
+            answer = self._proxy.step(token) or b""
+            # Also within the boundary: python-gssapi raises a step's deferred error only here.
+            if self._proxy.complete:
+                self._finish(self._proxy)
+        except AuthenticationError:
+            self._fail()
+            raise
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            self._fail()
+            # Not "from exc": its frames and arguments hold tokens, which can be attacked offline.
+            raise AuthenticationError(_describe(exc)) from None
+        return answer
+
+    def _fail(self) -> None:
+        self._failed = True
+        # It holds tokens and keys.
+        self._proxy = None
+
+    def _finish(self, proxy: ContextProxy) -> None:
+        peer = self._check(proxy)
+        # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
+        inner = inner_context(proxy) or proxy
+        if peer.mechanism == "ntlm":
+            self._sealer = ProxySealer(inner, NTLM_TRAILER_SIZE)
+        elif is_gssapi(inner):
+            self._sealer = GSSWrapSealer(inner, inner.query_message_sizes().header)
+        else:
+            self._sealer = ProxySealer(inner, inner.query_message_sizes().header)
+        self._peer = peer
+        self.established = True
+
+    @property
+    def peer(self) -> PeerIdentity:
+        """Who is there. Only once `established`."""
+        assert self._peer is not None
+        return self._peer
+
+    @property
+    def package_name(self) -> str:
+        """The mechanism by SSPI's name for it: ``"NTLM"`` or ``"Kerberos"``. Only once `established`."""
+        return _PACKAGES.get(self.peer.mechanism, self.peer.mechanism)
+
+    @property
+    def trailer_size(self) -> int:
+        """Bytes that sealing adds. Only once `established`."""
+        assert self._sealer is not None
+        return self._sealer.trailer_size
+
+    def seal(self, message: bytes) -> tuple[bytes, bytes]:
+        """Seal: (trailer, ciphertext). Messages open in the order in which they were sealed.
+
+        Raises:
+          UnsealError: the context can seal nothing (any more).
+        """
+        assert self._sealer is not None
+        try:
+            return self._sealer.seal(message)
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            raise UnsealError(f"sealing failed: {_describe(exc)}") from None
+
+    def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
+        """Open what the peer sealed.
+
+        Raises:
+          UnsealError: it was altered, replayed, reordered or reflected. The context is of no use
+              after that.
+        """
+        assert self._sealer is not None
+        try:
+            return self._sealer.open(trailer, ciphertext)
+        except UnsealError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            raise UnsealError(f"a message did not open: {_describe(exc)}") from None

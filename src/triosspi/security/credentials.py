@@ -1,0 +1,271 @@
+"""`Acceptor` and `Initiator`: what a side of a connection brings to the handshake."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Final, Literal
+
+import spnego
+from spnego import ContextProxy, NegotiateOptions
+from spnego.channel_bindings import GssChannelBindings
+
+from .._errors import AuthenticationError, ConfigurationError
+from . import ntlm
+from .accounts import AccountSource
+from .context import SecurityContext, first_token_kind
+from .identity import ContextFlag
+from .names import simple_upper
+from .policy import check_acceptor, check_initiator
+from .spnego_compat import (
+    MECHANISMS,
+    AcceptorNegotiate,
+    AcceptorNTLM,
+    GSSMech,
+    InitiatorNegotiate,
+    kerberos_acceptor,
+    rc4k,
+    upper_case_as_windows,
+)
+
+#: A mechanism that authenticates; Negotiate is what chooses between them.
+Mechanism = Literal["kerberos", "ntlm"]
+
+_WINDOWS = sys.platform == "win32"
+_INSTALL_KERBEROS: Final = "Kerberos needs python-gssapi: pip install 'triosspi[kerberos]'"
+
+
+def _require_gssapi() -> Any:
+    try:
+        import gssapi  # noqa: PLC0415 - an extra, and loading it takes the Kerberos libraries along
+    except ImportError:
+        raise ConfigurationError(_INSTALL_KERBEROS) from None
+    return gssapi
+
+
+def _bindings(application_data: bytes | None) -> GssChannelBindings | None:
+    return None if application_data is None else GssChannelBindings(application_data=application_data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceptor:
+    r"""What a server authenticates its clients with. One serves any number of connections.
+
+    On Linux at least one of ``accounts`` and ``keytab`` is needed; each enables its mechanism. On
+    Windows the system does all of it (SSPI, as the service's own account) and neither may be given.
+
+    Args:
+      accounts: who may log in by NTLM, usually an `AccountFile`.
+      keytab: where the service's Kerberos keys are, as ``FILE:/etc/krb5.keytab``.
+      mechanisms: which mechanisms to accept, the preferred first; by default Kerberos and NTLM, each
+          if there is something to verify it with. ``("kerberos",)`` refuses NTLM whatever the client
+          offers.
+      allow_raw: whether a client may begin with NTLM or Kerberos not wrapped in SPNEGO. Windows does
+          so when that is all it has.
+      channel_bindings: the application data of the channel bindings (RFC 5929, for instance
+          ``tls-server-end-point:`` and a hash), which every client must then have sent: a login that
+          was relayed from another channel has others.
+      require_mic: refuse an NTLM client that sends no MIC. Without the MIC whoever sits between may
+          clear flags of its messages (CVE-2019-1040); gss-ntlmssp without SPNEGO sends none.
+      target_names: SPNs of this service, as ``host/server.example``, compared in any case.
+      require_target: what an NTLM client must have meant to log in to. A login relayed from another
+          service names that one. ``"off"`` looks at nothing; ``"allow"`` refuses a client that names
+          another service than ``target_names``; ``"require"`` one that names none, too (sspi-rs,
+          Samba and Wine name none).
+
+    Raises:
+      ConfigurationError: it cannot work as it is.
+    """
+
+    accounts: AccountSource | None = None
+    keytab: str | None = None
+    mechanisms: tuple[Mechanism, ...] | None = None
+    allow_raw: bool = True
+    channel_bindings: bytes | None = field(default=None, repr=False)
+    require_mic: bool = True
+    target_names: frozenset[str] = frozenset()
+    require_target: Literal["off", "allow", "require"] = "off"
+
+    usage: Final = "accept"
+
+    def __post_init__(self) -> None:
+        if _WINDOWS:
+            if self.accounts is not None or self.keytab is not None:
+                raise ConfigurationError("on Windows the system's own accounts are used: leave out accounts and keytab")
+        elif self.accounts is None and self.keytab is None and self.mechanisms is None:
+            raise ConfigurationError("nobody could log in: give accounts (for NTLM), keytab (for Kerberos) or both")
+        for mechanism in self.mechanisms or ():
+            if mechanism not in MECHANISMS:
+                raise ConfigurationError(f"unknown mechanism {mechanism!r}: one of {', '.join(MECHANISMS)}")
+        if self.mechanisms is not None and not self.mechanisms:
+            raise ConfigurationError("nobody could log in: mechanisms is empty")
+        if self.require_target != "off" and not self.target_names:
+            raise ConfigurationError("require_target needs target_names to compare with")
+        if not _WINDOWS:
+            if "ntlm" in self.enabled and self.accounts is None:
+                raise ConfigurationError("NTLM needs accounts: give an AccountFile")
+            if "kerberos" in self.enabled:
+                self._kerberos_credential  # noqa: B018 - acquired now, so that a bad keytab shows at the start
+
+    @cached_property
+    def enabled(self) -> tuple[Mechanism, ...]:
+        """The mechanisms that are accepted, the preferred first."""
+        if self.mechanisms is not None:
+            return self.mechanisms
+        if _WINDOWS:
+            return ("kerberos", "ntlm")
+        found: tuple[Mechanism, ...] = ()
+        if self.keytab is not None:
+            found += ("kerberos",)
+        if self.accounts is not None:
+            found += ("ntlm",)
+        return found
+
+    @cached_property
+    def _kerberos_credential(self) -> object:
+        gssapi = _require_gssapi()
+        store = None if self.keytab is None else {"keytab": self.keytab}
+        try:
+            return gssapi.Credentials(
+                usage="accept", mechs=[gssapi.OID.from_int_seq(MECHANISMS["kerberos"].value)], store=store
+            )
+        except gssapi.exceptions.GSSError as exc:
+            where = self.keytab or "the default keytab"
+            raise ConfigurationError(f"no Kerberos keys in {where}: {exc.gen_message()}") from None
+
+    @cached_property
+    def _ntlm_policy(self) -> ntlm.NTLMPolicy:
+        bindings = _bindings(self.channel_bindings)
+        return ntlm.NTLMPolicy(
+            require_mic=self.require_mic,
+            channel_bindings_hash=None if bindings is None else ntlm.channel_bindings_hash(bindings.pack()),
+            target_names=frozenset(map(simple_upper, self.target_names)),
+            require_target=self.require_target,
+        )
+
+    @cached_property
+    def _factories(self) -> dict[GSSMech, Callable[[], ContextProxy]]:
+        makers: dict[str, Callable[[], ContextProxy]] = {
+            "kerberos": lambda: kerberos_acceptor(self._kerberos_credential),
+            "ntlm": lambda: AcceptorNTLM(self._verify_ntlm),
+        }
+        return {MECHANISMS[mechanism]: makers[mechanism] for mechanism in self.enabled}
+
+    def _verify_ntlm(self, authenticate: bytes, negotiate: bytes, challenge: bytes) -> ntlm.Login:
+        assert self.accounts is not None
+        message = ntlm.read_authenticate(authenticate)
+        account = self.accounts.lookup(message.domain, message.user) if message.user else None
+        return ntlm.verify(message, account, self._ntlm_policy, negotiate=negotiate, challenge=challenge, rc4k=rc4k)
+
+    def new_context(self, demanded: ContextFlag = ContextFlag.CONF) -> SecurityContext:
+        """A context for one connection.
+
+        Args:
+          demanded: what a Kerberos context must provide; NTLM under this policy has all of it.
+        """
+        return SecurityContext(
+            self.usage, self._open_proxy, partial(check_acceptor, demanded=demanded), may_block=self._may_block
+        )
+
+    def _may_block(self) -> bool:
+        # A Kerberos accept reads the keytab and the replay cache, in less time than a thread takes.
+        return _WINDOWS or bool(getattr(self.accounts, "may_block", self.accounts is not None))
+
+    def _open_proxy(self, token: bytes | None) -> ContextProxy:
+        kind = first_token_kind(token or b"")
+        if kind != "spnego":
+            if not self.allow_raw:
+                raise AuthenticationError(f"raw {kind}, which is not allowed here")
+            if kind not in self.enabled:
+                raise AuthenticationError(f"raw {kind}, which is not enabled here")
+        if _WINDOWS:  # pragma: no cover - not reachable elsewhere
+            protocol = "negotiate" if len(self.enabled) > 1 else self.enabled[0]
+            return spnego.server(protocol=protocol, channel_bindings=_bindings(self.channel_bindings))
+        if kind == "spnego":
+            return AcceptorNegotiate(self._factories)
+        return self._factories[MECHANISMS[kind]]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initiator:
+    r"""What a client logs in with.
+
+    Args:
+      username: ``DOM\user``, ``user@realm`` or ``user``. None takes the credentials that the system
+          has: a Kerberos ticket, or on Windows the logged-on user.
+      password: never shown in a repr.
+      target: the service's SPN, ``host/server.example``. None means ``host/`` and the host that is
+          connected to. Kerberos gets a ticket for it; NTLM only mentions it.
+      mechanism: ``"negotiate"`` tries Kerberos, if it is installed, and falls back to NTLM; the
+          others are that mechanism alone.
+      raw: send the mechanism's own tokens, not wrapped in SPNEGO. Then the acceptor does not confirm
+          the login, and a refused one shows only at the first message.
+      channel_bindings: the application data of the channel bindings, see `Acceptor`.
+
+    Raises:
+      ConfigurationError: it cannot work as it is.
+    """
+
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    target: str | None = None
+    mechanism: Literal["negotiate", "kerberos", "ntlm"] = "negotiate"
+    raw: bool = False
+    channel_bindings: bytes | None = field(default=None, repr=False)
+
+    usage: Final = "initiate"
+
+    def __post_init__(self) -> None:
+        if self.mechanism not in ("negotiate", *MECHANISMS):
+            known = ", ".join(("negotiate", *MECHANISMS))
+            raise ConfigurationError(f"unknown mechanism {self.mechanism!r}: one of {known}")
+        if self.raw and self.mechanism == "negotiate":
+            raise ConfigurationError("raw needs one mechanism: kerberos or ntlm")
+        if self.password is not None and not self.username:
+            raise ConfigurationError("a password needs a username")
+        if self.target is not None:
+            service, _, host = self.target.partition("/")
+            if not service or not host:
+                raise ConfigurationError(f"{self.target!r} is no SPN: write it as 'host/server.example'")
+        if not _WINDOWS:
+            if self.username is None:
+                # What then logs in is a Kerberos ticket.
+                _require_gssapi()
+            if self.mechanism == "ntlm" and self.password is None:
+                raise ConfigurationError("NTLM needs a username and a password")
+            if self.mechanism == "kerberos":
+                _require_gssapi()
+
+    def with_default_host(self, host: str) -> Initiator:
+        """The same, with the target ``host/`` and this host where no target was given."""
+        return self if self.target is not None else dataclasses.replace(self, target=f"host/{host}")
+
+    def new_context(self, demanded: ContextFlag = ContextFlag.CONF) -> SecurityContext:
+        """A context for one connection; see `Acceptor.new_context`."""
+        return SecurityContext(
+            self.usage,
+            self._open_proxy,
+            partial(check_initiator, demanded=demanded),
+            # NTLM with a password is arithmetic; anything else may ask a KDC, DNS or the system.
+            may_block=lambda: self.mechanism != "ntlm" or _WINDOWS,
+        )
+
+    def _open_proxy(self, _token: bytes | None) -> ContextProxy:
+        service, _, host = (self.target or "host/unspecified").partition("/")
+        arguments: dict[str, Any] = {
+            "username": self.username,
+            "password": self.password,
+            "hostname": host,
+            "service": service,
+            "channel_bindings": _bindings(self.channel_bindings),
+        }
+        if _WINDOWS:  # pragma: no cover - not reachable elsewhere
+            return spnego.client(protocol=self.mechanism if self.raw else "negotiate", **arguments)
+        if self.raw:
+            options = NegotiateOptions.use_ntlm if self.mechanism == "ntlm" else NegotiateOptions.use_gssapi
+            return upper_case_as_windows(spnego.client(protocol=self.mechanism, options=options, **arguments))
+        wanted = MECHANISMS if self.mechanism == "negotiate" else (self.mechanism,)
+        return InitiatorNegotiate([MECHANISMS[name] for name in wanted], **arguments)

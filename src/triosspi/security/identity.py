@@ -1,0 +1,61 @@
+"""The authenticated peer, as the application sees it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+
+
+class ContextFlag(enum.IntFlag):
+    """What a security context provides; names of RFC 2743 1.2, values of RFC 2744."""
+
+    DELEG = 0x01
+    MUTUAL = 0x02
+    REPLAY = 0x04
+    SEQUENCE = 0x08
+    CONF = 0x10
+    INTEG = 0x20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerIdentity:
+    r"""Who is at the other end of a finished handshake.
+
+    Attributes:
+      principal: the whole name, as it should be authorised and logged. On the acceptor: for NTLM the
+          account's own spelling in the account file (``DOM\alice`` or ``alice``, whatever case the
+          client chose), for Kerberos ``alice@REALM``. On the initiator: the target that was asked
+          for (``host/server.example``); only `mutual` says that it was proved.
+      domain: NTLM's domain or Kerberos's realm; empty where there is none.
+      name: the principal without its domain.
+      mechanism: ``"ntlm"`` or ``"kerberos"``: what authenticated the peer, not what was asked for.
+      flags: what the context provides.
+      mutual: whether the acceptor has proved itself to the initiator too. NTLM never does.
+      authenticated_at: when the handshake ended, with time zone (UTC).
+    """
+
+    principal: str
+    domain: str
+    name: str
+    mechanism: str
+    flags: ContextFlag
+    mutual: bool
+    authenticated_at: datetime
+
+    def __str__(self) -> str:
+        return self.principal
+
+
+@dataclass(frozen=True, slots=True)
+class ContextSizes:
+    """The sizes that a finished context and its wire format imply (SSPI's SecPkgContext_Sizes).
+
+    Attributes:
+      security_trailer: bytes that sealing adds to a message, cbSecurityTrailer: 16 with NTLM, 60
+          with Kerberos's AES-SHA1 encryption types.
+      max_message: bytes of the longest message that `SSPIChannel.send` takes.
+    """
+
+    security_trailer: int
+    max_message: int

@@ -1,0 +1,277 @@
+"""The only file that touches names of pyspnego that are not its public API.
+
+Written for pyspnego 0.12.4 to 0.12.x; ``tests/test_spnego_compat.py`` fails loudly when one of these
+names changes its shape underneath. What is used, and why the public API does not do:
+
+* `NegotiateProxy` and the three of its methods overridden here, because the public `spnego.server`
+  offers whatever the machine has, builds every mechanism's context for each connection, and feeds
+  a Kerberos token to NTLM when the client guessed wrongly.
+* `NTLMProxy` and its fields, because its acceptor reads the account file named by an environment
+  variable, for the whole process, from top to bottom on each login; and because its verification of
+  AUTHENTICATE is not strict (see `ntlm`).
+* `GSSAPIProxy`, to hand it a credential of our own.
+* the names of its loggers, which at DEBUG write whole tokens; and of its `md4` and `rc4k`, primitives that neither the standard library nor OpenSSL 3 offers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from spnego import ContextProxy, ContextReq, NegotiateOptions
+from spnego._context import GSSMech
+from spnego._gss import GSSAPIProxy
+from spnego._negotiate import NegotiateProxy
+from spnego._ntlm import NTLMProxy
+from spnego._ntlm_raw.crypto import rc4k
+from spnego._ntlm_raw.md4 import md4
+from spnego._ntlm_raw.messages import NegotiateFlags
+from spnego.channel_bindings import GssChannelBindings
+
+from .._errors import AuthenticationError
+from .names import AccountName
+
+if TYPE_CHECKING:
+    from .ntlm import Login
+
+__all__ = [
+    "MECHANISMS",
+    "AcceptorNTLM",
+    "AcceptorNegotiate",
+    "GSSMech",
+    "InitiatorNegotiate",
+    "allow_token_logging",
+    "inner_context",
+    "is_gssapi",
+    "kerberos_acceptor",
+    "nt_hash",
+    "ntlm_flags",
+    "rc4k",
+    "upper_case_as_windows",
+]
+
+#: Verifies (authenticate, negotiate, challenge), all as they crossed the wire; raises when refused.
+Verifier = Callable[[bytes, bytes, bytes], "Login"]
+
+MECHANISMS: Mapping[str, GSSMech] = {"kerberos": GSSMech.kerberos, "ntlm": GSSMech.ntlm}
+
+# What a pyspnego context would work out again, as enum arithmetic, on each login (30 us).
+_NTLM_ACCEPT_FLAGS = (
+    NegotiateFlags.key_128
+    | NegotiateFlags.key_56
+    | NegotiateFlags.key_exch
+    | NegotiateFlags.extended_session_security
+    | NegotiateFlags.always_sign
+    | NegotiateFlags.ntlm
+    | NegotiateFlags.request_target
+    | NegotiateFlags.unicode
+)
+
+
+_TOKEN_LOGGERS = ("spnego._gss", "spnego._negotiate", "spnego._ntlm", "spnego._sspi")
+_TOKEN_TEXTS = (" step input: ", " step output: ")
+_tokens_may_be_logged = False
+
+
+def _hide_tokens(record: logging.LogRecord) -> bool:
+    return _tokens_may_be_logged or not any(text in str(record.msg) for text in _TOKEN_TEXTS)
+
+
+# From the import on: a program that turns on DEBUG for everything does not mean this by it. A filter of
+# a logger sees only what is logged to it by name, so each of them gets one.
+for _name in _TOKEN_LOGGERS:
+    logging.getLogger(_name).addFilter(_hide_tokens)
+
+
+def allow_token_logging(allow: bool = True) -> None:
+    """Let pyspnego log every handshake token at DEBUG, in base64, as it does by itself.
+
+    Off by default: whoever has a login's tokens can try passwords against them at leisure.
+    """
+    global _tokens_may_be_logged  # noqa: PLW0603 - loggers are global too
+    _tokens_may_be_logged = allow
+
+
+def nt_hash(password: str) -> bytes:
+    """NTOWFv1, [MS-NLMP] 3.3.1: MD4 of the password in UTF-16LE. 16 bytes."""
+    return md4(password.encode("utf-16-le", errors="surrogatepass"))
+
+
+class AcceptorNTLM(NTLMProxy):
+    """pyspnego's NTLM acceptor with the verification of AUTHENTICATE replaced by ours."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        # NTLMProxy's own initialiser insists on the file named by NTLM_USER_FILE.
+        ContextProxy.__init__(
+            self,
+            credentials=[],
+            hostname=None,
+            service=None,
+            channel_bindings=None,
+            context_req=ContextReq.default,
+            usage="accept",
+            protocol="ntlm",
+            options=NegotiateOptions.none,
+        )
+        self._context_req = _NTLM_ACCEPT_FLAGS
+        self._complete = False
+        self._credential = None
+        self._temp_negotiate = None
+        self._temp_challenge = None
+        self._mic_required = False
+        self._session_key = None
+        self._sign_key_out = self._sign_key_in = None
+        self._handle_out = self._handle_in = None
+        self._NTLMProxy__seq_num_in = 0
+        self._NTLMProxy__seq_num_out = 0
+        self._verifier = verifier
+        self._raw_negotiate = b""
+        self._raw_challenge = b""
+        self.login: Login | None = None
+
+    def _step_accept_negotiate(self, token: bytes) -> bytes:
+        self._raw_negotiate = token
+        self._raw_challenge = super()._step_accept_negotiate(token)
+        return self._raw_challenge
+
+    def _step_accept_authenticate(
+        self,
+        token: bytes,
+        channel_bindings: GssChannelBindings | None,  # noqa: ARG002 - the verifier has its own
+    ) -> None:
+        login = self._verifier(token, self._raw_negotiate, self._raw_challenge)
+        self.login = login
+        self._session_key = login.session_key
+        # A plain int here would do, but pyspnego's key derivation tests it against its own enum.
+        self._context_attr = login.flags
+        self._mic_required = login.has_mic
+        self._raw_negotiate = self._raw_challenge = b""
+        self._complete = True
+
+
+class AcceptorNegotiate(NegotiateProxy):
+    """pyspnego's SPNEGO acceptor, offering just the mechanisms that it is given.
+
+    Args:
+      factories: for each mechanism, in the order of preference, what makes its context.
+    """
+
+    def __init__(self, factories: Mapping[GSSMech, Callable[[], ContextProxy]]) -> None:
+        super().__init__(usage="accept", hostname=None, service=None)
+        self._factories = factories
+        #: The mechanisms that the client offered, in its order; empty before its first token.
+        self.offered: list[str] = []
+
+    @property
+    def mic_verified(self) -> bool:
+        """Has the client's mechListMIC been verified?"""
+        return self._mic_recv
+
+    @property
+    def first_offer_chosen(self) -> bool:
+        """Is the chosen mechanism the one that the client wants most?"""
+        return bool(self.offered) and self._is_same_mech(self._chosen_mech, self.offered[0])
+
+    @property
+    def inner(self) -> ContextProxy | None:
+        """The context of the chosen mechanism."""
+        return self._context if self._context_list else None
+
+    def _preferred_mech_list(self) -> list[GSSMech]:
+        return list(self._factories)
+
+    def _rebuild_context_list(
+        self,
+        mech_types: list[str] | None = None,
+        channel_bindings: GssChannelBindings | None = None,  # noqa: ARG002 - the factories have their own
+    ) -> list[str]:
+        if self.offered:
+            # pyspnego would begin anew, and leave what was said before behind.
+            raise AuthenticationError("a second NegTokenInit")
+        self.offered = mech_types or []
+        for mech, factory in self._factories.items():
+            if any(self._is_same_mech(mech, oid) for oid in self.offered):
+                context = factory()
+                context._is_wrapped = True
+                self._context_list = {mech: (context, None)}
+                return [mech.value]
+        raise AuthenticationError("the client offers no mechanism that is enabled here")
+
+    def _step_spnego_input(
+        self,
+        in_token: bytes | None = None,
+        channel_bindings: GssChannelBindings | None = None,
+    ) -> tuple[bytes | None, bytes | None, bool]:
+        token, mic, is_spnego = super()._step_spnego_input(in_token, channel_bindings)
+        if not is_spnego:
+            raise AuthenticationError("a raw token in the midst of SPNEGO")
+        if not self._mech_sent and not self.first_offer_chosen:
+            # The first token holds a guess for the client's first mechanism. When that is not the
+            # one chosen, the guess must be ignored (RFC 4178 4.2.1), not fed to another mechanism.
+            token = None
+        return token, mic, is_spnego
+
+
+def upper_case_as_windows(proxy: ContextProxy) -> ContextProxy:
+    """Have an NTLM initiator upper-case its user name as Windows, Samba and .NET do; returns it.
+
+    pyspnego takes Unicode's full mapping, by which ``straße`` could not log in to any of these.
+    """
+    if isinstance(proxy, NTLMProxy) and proxy._credential is not None and proxy._credential.username:
+        proxy._credential.username = AccountName(proxy._credential.username)
+    return proxy
+
+
+class InitiatorNegotiate(NegotiateProxy):
+    """pyspnego's SPNEGO initiator, offering just the mechanisms that it is given."""
+
+    @property
+    def mic_verified(self) -> bool:
+        """Has the acceptor's mechListMIC been verified?"""
+        return self._mic_recv
+
+    def __init__(self, mechanisms: list[GSSMech], **kwargs: Any) -> None:
+        super().__init__(usage="initiate", protocol="negotiate", **kwargs)
+        self._mechanisms = mechanisms
+
+    @property
+    def inner(self) -> ContextProxy | None:
+        """The context of the chosen mechanism."""
+        return self._context if self._context_list else None
+
+    def _preferred_mech_list(self) -> list[GSSMech]:
+        available = super()._preferred_mech_list()
+        return [mech for mech in available if mech in self._mechanisms]
+
+    def _rebuild_context_list(
+        self,
+        mech_types: list[str] | None = None,
+        channel_bindings: GssChannelBindings | None = None,
+    ) -> list[str]:
+        mechanisms = super()._rebuild_context_list(mech_types, channel_bindings)
+        for context, _ in self._context_list.values():
+            upper_case_as_windows(context)
+        return mechanisms
+
+
+def inner_context(proxy: ContextProxy) -> ContextProxy | None:
+    """The mechanism's own context: of an SPNEGO context the chosen one, otherwise itself."""
+    if isinstance(proxy, (AcceptorNegotiate, InitiatorNegotiate)):
+        return proxy.inner
+    return proxy
+
+
+def ntlm_flags(proxy: ContextProxy) -> int | None:
+    """The NegotiateFlags of a finished NTLM context; None where NTLM is the system's own."""
+    return int(proxy._context_attr) if isinstance(proxy, NTLMProxy) else None
+
+
+def kerberos_acceptor(credential: object) -> ContextProxy:
+    """A Kerberos acceptor over python-gssapi, with a credential acquired beforehand."""
+    return GSSAPIProxy(usage="accept", protocol="kerberos", _gssapi_credential=credential)
+
+
+def is_gssapi(proxy: ContextProxy) -> bool:
+    """Is this a Kerberos context of python-gssapi, rather than native SSPI's?"""
+    return isinstance(proxy, GSSAPIProxy)

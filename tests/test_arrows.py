@@ -1,0 +1,141 @@
+"""Who may know whom: the rooms of the package, and the direction of every import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import triosspi
+
+PACKAGE = Path(triosspi.__file__).parent
+
+# Each room and the rooms above it that it may import. A room that is not here fails a test below.
+ABOVE: dict[str, set[str]] = {
+    "_framing": set(),
+    "_errors": set(),
+    "_wire": {"_framing", "_errors"},
+    "security": {"_errors", "security"},
+    "_session": {"_framing", "_errors", "_wire", "security"},
+    "_channel": {"_framing", "_errors", "_wire", "security", "_session"},
+    "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
+    "impersonation": {"_errors", "security"},
+    "service": {
+        *("_framing", "_errors", "_wire", "security", "_session", "_channel", "_tcp", "impersonation", "service"),
+        "",
+    },
+    "__init__": {"_errors", "_wire", "security", "_session", "_channel", "_tcp", "impersonation"},
+    "__main__": {"service"},
+}
+KNOW_TRIO = {"_channel", "_tcp", "impersonation", "service"}
+# Everything that waits for the outside.
+OUTSIDE = {"trio", "asyncio", "anyio", "socket", "ssl", "select", "selectors", "subprocess"}
+
+FILES = sorted(path for pattern in ("*.py", "*.pyi") for path in PACKAGE.rglob(pattern))
+by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].partition(".")[0]
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """Every module imported anywhere in a file, in full; `if TYPE_CHECKING` is no excuse."""
+    package = ["triosspi", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            # `from . import _wire` imports a module, too.
+            for alias in node.names:
+                if (PACKAGE.parent / module.replace(".", "/") / f"{alias.name}.py").exists():
+                    yield f"{module}.{alias.name}"
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for module in imported_modules(path):
+        first, *inner = module.split(".")
+        if first == "triosspi":
+            rooms.add(inner[0] if inner else "")
+    # `from . import x` names the package itself as well as x; only the bare package is of interest.
+    if "" in rooms and rooms & set(ABOVE):
+        rooms.discard("")
+    return rooms
+
+
+@by_file
+def test_imports_point_only_upwards(path):
+    assert imported_rooms(path) <= ABOVE[room_of(path)]
+
+
+@by_file
+def test_only_the_rooms_at_the_bottom_know_trio_or_do_io(path):
+    roots = {module.partition(".")[0] for module in imported_modules(path)}
+    if room_of(path) not in KNOW_TRIO:
+        assert not roots & OUTSIDE
+
+
+@by_file
+def test_only_security_imports_pyspnego_or_gssapi(path):
+    roots = {module.partition(".")[0] for module in imported_modules(path)}
+    if room_of(path) not in {"security", "impersonation", "service"}:
+        assert not roots & {"spnego", "gssapi", "krb5", "sspilib"}
+
+
+@by_file
+def test_only_spnego_compat_imports_a_private_name_of_pyspnego(path):
+    private = {
+        module
+        for module in imported_modules(path)
+        if module.startswith("spnego.") and any(part.startswith("_") for part in module.split("."))
+    }
+    if path.name != "spnego_compat.py":
+        assert not private
+
+
+@by_file
+def test_only_the_service_needs_click(path):
+    if room_of(path) not in {"service", "__main__"}:
+        assert "click" not in {module.partition(".")[0] for module in imported_modules(path)}
+
+
+# The package's own __init__ imports the channels, so it is replaced by an empty one with its path.
+PROBE = """
+import importlib, json, sys, types
+package = types.ModuleType("triosspi")
+package.__path__ = [sys.argv[1]]
+sys.modules["triosspi"] = package
+loaded = {}
+for name in sys.argv[2:]:
+    importlib.import_module("triosspi." + name)
+    loaded[name] = "trio" in sys.modules
+print(json.dumps(loaded))
+"""
+
+
+def test_importing_anything_above_the_channel_does_not_import_trio():
+    security = sorted(f"security.{path.stem}" for path in (PACKAGE / "security").glob("*.py"))
+    pure = ["_framing", "_errors", "_wire", *security, "_session"]
+    # `_channel` at the end shows that the probe can see it.
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, str(PACKAGE), *pure, "_channel"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert json.loads(run.stdout) == {**dict.fromkeys(pure, False), "_channel": True}
+
+
+def test_no_file_of_the_package_is_outside_of_the_known_rooms():
+    assert {room_of(path) for path in FILES} <= set(ABOVE)

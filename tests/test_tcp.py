@@ -1,0 +1,1000 @@
+"""Servers and clients over TCP: what a server survives, counts and logs; and peers that share none of our code."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import spnego
+import trio
+import trio.testing
+from spnego import NegotiateOptions
+
+from harness import (
+    PASSWORD,
+    SERVER_MESSAGE,
+    Channel,
+    PlainCredential,
+    RecordingStream,
+    dword,
+    frame,
+    make_acceptor,
+    make_initiator,
+)
+from triosspi import (
+    AuthenticationError,
+    ConfigurationError,
+    Initiator,
+    ServerStatistics,
+    SSPIChannel,
+    SSPIListener,
+    TruncatedError,
+    UnsealError,
+    WireFormat,
+    open_sspi_over_tcp_channel,
+    open_sspi_over_tcp_listeners,
+    serve_sspi_listeners,
+    serve_sspi_over_tcp,
+)
+from triosspi._tcp import format_address, peer_address
+
+LOCALHOST = "127.0.0.1"
+
+
+async def echo(channel: Channel) -> None:
+    while True:
+        await channel.send_many(await channel.receive_many())
+
+
+async def greet(channel: Channel) -> None:
+    await channel.send(SERVER_MESSAGE)
+
+
+# ---- a server in memory ----
+
+
+class FakeSocket:
+    def __init__(self, address: Any) -> None:
+        self.address = address
+
+    def getpeername(self) -> Any:
+        if isinstance(self.address, OSError):
+            raise self.address
+        return self.address
+
+
+class SocketLikeStream(RecordingStream):
+    def __init__(self, stream: Any, address: Any = ("192.0.2.1", 50000)) -> None:
+        super().__init__(stream)
+        self.socket = FakeSocket(address)
+
+
+class MemoryListener(trio.abc.Listener[Any]):
+    """Accepts what `connect` connects, and fails with what it is given to `fail` with."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[Any](1000)
+        self.closed = False
+
+    async def accept(self) -> Any:
+        item = await self._receive.receive()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await trio.lowlevel.checkpoint()
+
+    def fail(self, error: BaseException) -> None:
+        self._send.send_nowait(error)
+
+    def connect(self, address: Any = ("192.0.2.1", 50000)) -> tuple[Any, SocketLikeStream]:
+        """(the client's stream, the server's)."""
+        ours, theirs = trio.testing.memory_stream_pair()
+        stream = SocketLikeStream(theirs, address)
+        self._send.send_nowait(stream)
+        return ours, stream
+
+
+class Server:
+    def __init__(self, listener: MemoryListener, statistics: ServerStatistics) -> None:
+        self.listener = listener
+        self.statistics = statistics
+
+    def connect(self, password: str = PASSWORD, **options: Any) -> Channel:
+        stream, _ = self.listener.connect()
+        return SSPIChannel(stream, make_initiator(password, **options))
+
+
+@asynccontextmanager
+async def serving(handler: Any, *, credential: Any = None, **options: Any) -> AsyncIterator[Server]:
+    transport_listener = MemoryListener()
+    channel_options = {name: options.pop(name) for name in ("run_blocking", "wire") if name in options}
+    listener: Any = SSPIListener(transport_listener, credential or make_acceptor(), **channel_options)
+    server = Server(transport_listener, ServerStatistics())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve_sspi_listeners, handler, [listener], statistics=server.statistics, **options))
+        yield server
+        nursery.cancel_scope.cancel()
+    assert transport_listener.closed
+
+
+def server_log(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "triosspi.server"]
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_logged(caplog):
+    caplog.set_level(logging.DEBUG, logger="triosspi")
+
+
+async def assert_still_serves(server: Server) -> None:
+    """A new client is served as if nothing had happened."""
+    async with server.connect() as client:
+        await client.send(b"are you there?")
+        assert await client.receive() == b"are you there?"
+
+
+# ---- what a server survives ----
+
+
+async def test_a_client_that_says_goodbye_is_counted_and_logged_in_one_line(caplog):
+    async with serving(echo) as server:
+        await assert_still_serves(server)
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
+    assert server_log(caplog) == [("INFO", "192.0.2.1:50000: DOM\\alice: closed by the peer")]
+
+
+async def test_a_handler_that_returns_needs_no_log_line_and_closes_the_channel(caplog):
+    async with serving(greet) as server, server.connect() as client:
+        assert await client.receive() == SERVER_MESSAGE
+        with pytest.raises(trio.EndOfChannel):
+            await client.receive()
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
+    assert server_log(caplog) == []
+
+
+async def test_a_handler_that_raises_is_logged_and_the_server_goes_on(caplog):
+    async def handler(channel: Channel) -> None:
+        if await channel.receive() == b"divide by zero":
+            raise ZeroDivisionError("by the client's wish")
+        await channel.send(b"are you there?")
+
+    async with serving(handler) as server:
+        async with server.connect() as client:
+            await client.send(b"divide by zero")
+            # Closed properly nevertheless.
+            with pytest.raises(trio.EndOfChannel):
+                await client.receive()
+        await assert_still_serves(server)
+    assert server.statistics.handler_errors == 1
+    assert server.statistics.authenticated == 2
+    assert server_log(caplog) == [("ERROR", "192.0.2.1:50000: DOM\\alice: the handler failed")]
+    assert "by the client's wish" in caplog.text
+
+
+async def test_a_handler_that_raises_a_group_of_errors_is_one_that_raises(caplog):
+    async def handler(channel: Channel) -> None:
+        async def fail(error: Exception) -> None:
+            raise error
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail, trio.BrokenResourceError())
+            nursery.start_soon(fail, ValueError("also"))
+
+    async with serving(handler) as server:
+        async with server.connect() as client:
+            with pytest.raises(trio.EndOfChannel):
+                await client.receive()
+        await trio.testing.wait_all_tasks_blocked()
+    assert (server.statistics.handler_errors, server.statistics.lost) == (1, 0)
+    assert len(server_log(caplog)) == 1
+
+
+async def test_a_handlers_group_of_lost_connections_is_a_lost_connection(caplog):
+    # Two tasks that use one channel both see its end, and a nursery makes a group of that.
+    async def handler(channel: Channel) -> None:
+        broken = trio.Event()
+
+        async def receive() -> None:
+            try:
+                await channel.receive()
+            finally:
+                broken.set()
+
+        async def send() -> None:
+            with trio.CancelScope(shield=True):
+                await broken.wait()
+                await channel.send(b"x")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            async with trio.open_nursery() as inner:
+                inner.start_soon(receive)
+
+    async with serving(handler) as server:
+        client = server.connect()
+        await client.do_handshake()
+        await client.transport_stream.send_all(frame(b"rubbish"))
+        await drain(client.transport_stream)
+        await trio.testing.wait_all_tasks_blocked()
+    assert (server.statistics.handler_errors, server.statistics.lost) == (0, 1)
+    assert [level for level, _ in server_log(caplog)] == ["WARNING"]
+
+
+async def test_a_reply_that_comes_after_the_peers_goodbye_is_an_ordinary_end(caplog):
+    async def handler(channel: Channel) -> None:
+        with pytest.raises(trio.EndOfChannel):
+            await channel.receive()
+        await channel.send(b"too late")
+
+    async with serving(handler) as server:
+        async with server.connect() as client:
+            await client.do_handshake()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
+    assert [level for level, _ in server_log(caplog)] == ["INFO"]
+
+
+async def test_a_message_that_does_not_open_is_a_lost_connection(caplog):
+    async with serving(echo) as server:
+        client = server.connect()
+        await client.do_handshake()
+        await client.transport_stream.send_all(frame(frame(bytes(16)) + b"forged"))
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive()
+        await assert_still_serves(server)
+        await trio.testing.wait_all_tasks_blocked()
+    assert (server.statistics.lost, server.statistics.handler_errors) == (1, 0)
+    (level, text), _ = server_log(caplog)
+    assert level == "WARNING"
+    assert text.startswith("192.0.2.1:50000: DOM\\alice: connection lost: a message did not open")
+
+
+async def test_an_end_between_two_messages_is_an_ordinary_end(caplog):
+    async with serving(echo) as server:
+        client = server.connect()
+        await client.send(b"hello")
+        assert await client.receive() == b"hello"
+        await client.transport_stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
+    assert server_log(caplog) == [("INFO", "192.0.2.1:50000: DOM\\alice: closed by the peer")]
+
+
+async def test_an_end_within_a_message_is_a_lost_connection(caplog):
+    async with serving(echo) as server:
+        client = server.connect()
+        await client.do_handshake()
+        await client.transport_stream.send_all(dword(100) + b"half a mess")
+        await client.transport_stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics.lost == 1
+    ((level, text),) = server_log(caplog)
+    assert level == "WARNING"
+    assert "within a record" in text
+
+
+async def test_a_refused_login_never_reaches_the_handler(caplog):
+    called = []
+
+    async def handler(channel: Channel) -> None:
+        called.append(channel.peer)
+        await echo(channel)
+
+    async with serving(handler) as server:
+        for raw in (False, True):
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await server.connect("wrong", raw=raw).receive()
+            assert isinstance(caught.value.__cause__, AuthenticationError)
+        assert called == []
+        await assert_still_serves(server)
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(called) == 1
+    assert server.statistics == ServerStatistics(accepted=3, authenticated=1, refused=2)
+    refusals = server_log(caplog)[:2]
+    assert [level for level, _ in refusals] == ["WARNING"] * 2
+    assert all("192.0.2.1:50000: login refused: NTLM: wrong password for 'DOM" in text for _, text in refusals)
+
+
+async def test_why_a_login_was_refused_is_not_told_to_the_client():
+    told = []
+    async with serving(echo) as server:
+        for options in ({"password": "wrong"}, {"username": "DOM\\nobody"}):
+            client = server.connect(**options)
+            stream = client.transport_stream
+            await raised(client.do_handshake)
+            told.append((str(client._cause), await drain(stream)))
+    assert told[0] == told[1]
+
+
+async def raised(call: Callable[[], Any]) -> BaseException:
+    with pytest.raises(trio.BrokenResourceError) as caught:
+        await call()
+    return caught.value
+
+
+async def drain(stream: Any) -> bytes:
+    data = b""
+    async for more in stream:
+        data += more
+    return data
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [b"", b"\x05", dword(0), dword(0xFFFFFFFF), frame(b"GET / HTTP/1.1\r\n\r\n"), b"\x16\x03\x01\x02\x00\x01"],
+    ids=["nothing", "one byte", "empty token", "huge token", "rubbish", "TLS"],
+)
+async def test_a_stranger_never_reaches_the_handler(hello, caplog):
+    async def handler(channel: Channel) -> None:
+        raise AssertionError("nobody has logged in")
+
+    async with serving(handler) as server:
+        stream, server_stream = server.listener.connect()
+        if hello:
+            await stream.send_all(hello)
+        await stream.send_eof()
+        assert await drain(stream) == b""
+        assert server_stream.calls[-1] == "aclose"
+    assert server.statistics == ServerStatistics(accepted=1, refused=1)
+    ((level, text),) = server_log(caplog)
+    assert level == "WARNING"
+    assert text.startswith("192.0.2.1:50000: login refused: ")
+    assert "\n" not in text
+
+
+async def test_a_login_that_never_comes_is_cut_off_in_time(autojump_clock, caplog):
+    async with serving(echo) as server:
+        start = trio.current_time()
+        stream, _ = server.listener.connect()
+        assert await drain(stream) == b""
+        assert trio.current_time() - start == pytest.approx(30)
+        await assert_still_serves(server)
+    assert server.statistics.timed_out == 1
+    assert server.statistics.refused == 0
+    assert server_log(caplog)[0] == ("WARNING", "192.0.2.1:50000: no login within 30.0 s")
+
+
+async def test_the_deadline_is_for_the_whole_handshake_not_for_each_read(autojump_clock):
+    async with serving(echo, handshake_timeout=5) as server:
+        start = trio.current_time()
+        stream, _ = server.listener.connect()
+        with pytest.raises(trio.BrokenResourceError):
+            for byte in dword(1000) + bytes(1000):
+                await stream.send_all(bytes([byte]))
+                await trio.sleep(1)
+        assert trio.current_time() - start <= 7
+    assert server.statistics.timed_out == 1
+
+
+async def test_no_deadline_of_the_handshake_reaches_into_the_handler(autojump_clock):
+    async with serving(echo, handshake_timeout=5) as server, server.connect() as client:
+        await client.do_handshake()
+        await trio.sleep(1000)
+        await client.send(b"still here")
+        assert await client.receive() == b"still here"
+    assert server.statistics.timed_out == 0
+
+
+async def test_one_client_that_dawdles_holds_up_nobody_else():
+    async with serving(echo) as server:
+        dawdlers = [server.listener.connect() for _ in range(20)]
+        await assert_still_serves(server)
+        assert server.statistics.accepted == 21
+        assert len(dawdlers) == 20
+
+
+async def test_an_error_of_ours_during_a_handshake_costs_only_that_connection(caplog):
+    failures = [RuntimeError("no thread to be had")]
+
+    async def run_blocking(step: Any, token: bytes | None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if failures:
+            raise failures.pop()
+        return step(token)
+
+    credential = PlainCredential("accept", [b"done"], may_block=True)
+    async with serving(greet, credential=credential, run_blocking=run_blocking) as server:
+        for _ in range(2):
+            stream, _ = server.listener.connect()
+            await stream.send_all(frame(b"token"))
+            await stream.send_eof()
+            await drain(stream)
+    assert server.statistics == ServerStatistics(accepted=2, authenticated=1, refused=1)
+    assert server_log(caplog)[0][0] == "ERROR"
+    assert "no thread to be had" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS], ids=errno.errorcode.get)
+async def test_a_machine_out_of_something_is_given_time_and_the_server_goes_on(number, autojump_clock, caplog):
+    async with serving(echo) as server:
+        start = trio.current_time()
+        for _ in range(3):
+            server.listener.fail(OSError(number, "out of it"))
+        await assert_still_serves(server)
+        # It must not spin meanwhile.
+        assert trio.current_time() - start >= 0.3
+    assert server.statistics.accept_errors == 3
+    assert server_log(caplog)[:3] == [("ERROR", "cannot accept: out of it; trying again in 0.1 s")] * 3
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM], ids=errno.errorcode.get)
+async def test_a_connection_that_was_gone_before_it_was_accepted_is_passed_over(number, caplog):
+    async with serving(echo) as server:
+        server.listener.fail(OSError(number, "gone"))
+        await assert_still_serves(server)
+    assert server.statistics.accept_errors == 1
+    assert server_log(caplog)[0] == ("INFO", "a connection was gone before it was accepted: gone")
+
+
+async def test_an_error_of_the_listening_socket_itself_ends_the_server():
+    with pytest.raises(ExceptionGroup) as caught:
+        async with serving(echo) as server:
+            server.listener.fail(OSError(errno.EINVAL, "not listening"))
+            await trio.sleep_forever()
+    assert caught.group_contains(OSError, match="not listening", depth=None)
+
+
+async def test_the_listeners_are_closed_at_the_end():
+    async with serving(echo) as server:
+        assert not server.listener.closed
+    assert server.listener.closed
+
+
+async def test_connections_are_closed_when_the_server_is_cancelled():
+    async with serving(echo) as server:
+        client = server.connect()
+        await client.do_handshake()
+        stream, server_stream = server.listener.connect()
+        await trio.testing.wait_all_tasks_blocked()
+    assert await drain(stream) == b""
+    assert server_stream.calls[-1] == "aclose"
+    error = await raised(client.receive)
+    assert isinstance(error.__cause__, TruncatedError)
+
+
+async def test_a_handler_that_fails_while_the_server_is_cancelled_is_logged_too(caplog):
+    async def clean_up_badly() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise ValueError("while cleaning up")
+
+    async def handler(_channel: Channel) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(clean_up_badly)
+            nursery.start_soon(trio.sleep_forever)
+
+    async with serving(handler) as server:
+        await server.connect().do_handshake()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics.handler_errors == 1
+    assert "while cleaning up" in caplog.text
+
+
+async def test_a_handler_that_is_cancelled_with_the_server_has_not_failed(caplog):
+    async def handler(_channel: Channel) -> None:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled as exc:
+            raise BaseExceptionGroup("from a nursery", [exc]) from None
+
+    async with serving(handler) as server:
+        await server.connect().do_handshake()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
+    assert server_log(caplog) == []
+
+
+async def test_an_error_of_ours_during_a_close_costs_only_that_connection(caplog):
+    def fail(name: str) -> None:
+        if name == "send_eof":
+            raise ZeroDivisionError("in the farewell")
+
+    async def handler(channel: Channel) -> None:
+        if await channel.receive() == b"fail":
+            channel.transport_stream.before = fail
+        await channel.send(b"are you there?")
+
+    async with serving(handler) as server:
+        client = server.connect()
+        await client.send(b"fail")
+        await drain(client.transport_stream)
+        await trio.aclose_forcefully(client)
+        await assert_still_serves(server)
+    assert server.statistics.handler_errors == 1
+    assert "in the farewell" in caplog.text
+
+
+async def test_handlers_run_in_the_nursery_that_is_given_to_the_server():
+    parents = []
+
+    async def handler(channel: Channel) -> None:
+        parents.append(trio.lowlevel.current_task().parent_nursery)
+        await echo(channel)
+
+    async with trio.open_nursery() as handlers:
+        async with serving(handler, handler_nursery=handlers) as server:
+            client = server.connect()
+            await client.send(b"1")
+            assert await client.receive() == b"1"
+        # Nobody listens any more, and who was let in stays.
+        await client.send(b"2")
+        assert await client.receive() == b"2"
+        assert parents == [handlers]
+        await client.aclose()
+
+
+async def test_nothing_secret_is_logged(caplog):
+    caplog.set_level(logging.DEBUG)
+    async with serving(echo) as server:
+        for password in (PASSWORD, "hunter2"):
+            client = server.connect(password, raw=True)
+            await client.send(b"a private message")
+            if password == PASSWORD:
+                assert await client.receive() == b"a private message"
+            await client.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    ours = "\n".join(
+        f"{record.getMessage()} {record.exc_info}" for record in caplog.records if "triosspi" in record.name
+    )
+    assert "closed by the peer" in ours
+    assert "login refused" in ours
+    for secret in (PASSWORD, "hunter2", "a private message", "NTLMSSP", "TlRMTVNTU"):
+        assert secret not in ours
+
+
+@pytest.mark.parametrize(
+    "address", [OSError(errno.ENOTCONN, "gone"), "", b"\0abstract"], ids=["gone", "unix", "abstract"]
+)
+async def test_a_client_without_an_ip_address_is_served_like_any_other(address, caplog):
+    # A Unix socket's peer has an empty name; a peer that is gone has none at all.
+    async with serving(greet) as server:
+        stream, _ = server.listener.connect(address)
+        client: Channel = SSPIChannel(stream, make_initiator())
+        assert await client.receive() == SERVER_MESSAGE
+        await client.aclose()
+        stream, _ = server.listener.connect(address)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics.authenticated == 1
+    assert server_log(caplog)[0][1].startswith("unknown address: login refused")
+
+
+async def test_a_server_counts_for_itself_if_nobody_looks():
+    transport_listener = MemoryListener()
+    listener: Any = SSPIListener(transport_listener, make_acceptor())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve_sspi_listeners, greet, [listener])
+        client: Channel = SSPIChannel(transport_listener.connect()[0], make_initiator())
+        assert await client.receive() == SERVER_MESSAGE
+        await client.aclose()
+        nursery.cancel_scope.cancel()
+
+
+def test_addresses_are_written_as_in_a_url():
+    assert format_address("192.0.2.1", 50000) == "192.0.2.1:50000"
+    assert format_address("2001:db8::1", 50000) == "[2001:db8::1]:50000"
+
+
+async def test_an_ipv6_peer_has_four_parts_to_its_address():
+    stream: Any = SocketLikeStream(None, ("2001:db8::1", 50000, 0, 0))
+    assert peer_address(SSPIChannel(stream, make_acceptor())) == "[2001:db8::1]:50000"
+
+
+# ---- over TCP ----
+
+
+@asynccontextmanager
+async def tcp_server(handler: Any, **options: Any) -> AsyncIterator[int]:
+    """Serves on a port of the kernel's choice; gives the port."""
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(
+            partial(serve_sspi_over_tcp, handler, 0, make_acceptor(), host=LOCALHOST, **options)
+        )
+        yield listener.transport_listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])
+async def test_a_server_and_a_client_exchange_messages(raw):
+    messages = [b"%d" % i * 100 for i in range(1, 50)]
+    async with (
+        tcp_server(echo) as port,
+        await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator(raw=raw)) as client,
+    ):
+        await client.send_many(messages)
+        assert [await client.receive() for _ in messages] == messages
+
+
+async def test_many_clients_are_served_at_once():
+    async def handler(channel: Channel) -> None:
+        present.append(channel)
+        if len(present) == 20:
+            everybody_is_here.set()
+        await everybody_is_here.wait()
+        await echo(channel)
+
+    async def client() -> None:
+        async with await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator()) as channel:
+            await channel.send(b"hello")
+            assert await channel.receive() == b"hello"
+
+    present: list[Channel] = []
+    everybody_is_here = trio.Event()
+    statistics = ServerStatistics()
+    async with tcp_server(handler, statistics=statistics) as port, trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(client)
+    assert statistics.authenticated == 20
+
+
+async def test_a_server_of_the_sample_sends_its_message_and_closes():
+    async with tcp_server(greet, wire=WireFormat.SAMPLE) as port:
+        client = await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator(), wire=WireFormat.SAMPLE)
+        async with client:
+            assert [message async for message in client] == [SERVER_MESSAGE]
+
+
+async def test_a_peers_reset_costs_only_its_connection(caplog):
+    reset = trio.Event()
+
+    async def handler(channel: Channel) -> None:
+        try:
+            await echo(channel)
+        except trio.BrokenResourceError:
+            reset.set()
+            raise
+
+    statistics = ServerStatistics()
+    async with tcp_server(handler, statistics=statistics) as port:
+        client = await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator())
+        await client.send(b"1")
+        assert await client.receive() == b"1"
+        client.transport_stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await client.transport_stream.aclose()
+        await reset.wait()
+        async with await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator()) as another:
+            await another.send(b"2")
+            assert await another.receive() == b"2"
+    assert (statistics.lost, statistics.handler_errors) == (1, 0)
+    assert server_log(caplog)[0][0] == "WARNING"
+
+
+async def test_a_peers_reset_during_the_handshake_is_a_refused_login(caplog):
+    statistics = ServerStatistics()
+    async with tcp_server(echo, statistics=statistics) as port:
+        stream = await trio.open_tcp_stream(LOCALHOST, port)
+        await stream.send_all(dword(100))
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await stream.aclose()
+        async with await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator()) as another:
+            await another.send(b"2")
+            assert await another.receive() == b"2"
+    assert statistics.refused == 1
+    assert "login refused" in server_log(caplog)[0][1]
+
+
+async def test_starting_a_server_gives_its_listeners():
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(serve_sspi_over_tcp, echo, 0, make_acceptor(), host=LOCALHOST))
+        assert len(listeners) == 1
+        assert isinstance(listeners[0], SSPIListener)
+        assert listeners[0].transport_listener.socket.getsockname()[0] == LOCALHOST
+        nursery.cancel_scope.cancel()
+
+
+async def test_opening_listeners_is_lazy():
+    (listener,) = await open_sspi_over_tcp_listeners(0, make_acceptor(), host=LOCALHOST, backlog=5, max_message_size=9)
+    async with listener:
+        port = listener.transport_listener.socket.getsockname()[1]
+        stream = await trio.open_tcp_stream(LOCALHOST, port)
+        # Nobody has said a word, and the channel is there.
+        channel = await listener.accept()
+        with pytest.raises(trio.NeedHandshakeError):
+            _ = channel.peer
+        client: Channel = SSPIChannel(stream, make_initiator())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.send, b"first use")
+            assert await channel.receive() == b"first use"
+        assert channel.sizes.max_message == 9
+        await trio.aclose_forcefully(client)
+        await trio.aclose_forcefully(channel)
+
+
+async def test_by_default_all_interfaces_are_listened_on():
+    listeners = await open_sspi_over_tcp_listeners(0, make_acceptor())
+    hosts = {listener.transport_listener.socket.getsockname()[0] for listener in listeners}
+    for listener in listeners:
+        await listener.aclose()
+    assert "0.0.0.0" in hosts
+    assert hosts <= {"0.0.0.0", "::"}
+
+
+async def test_opening_a_channel_is_lazy():
+    (silent,) = await trio.open_tcp_listeners(0, host=LOCALHOST)
+    async with silent:
+        port = silent.socket.getsockname()[1]
+        client = await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator())
+        with pytest.raises(trio.NeedHandshakeError):
+            _ = client.peer
+        await client.aclose()
+
+
+async def test_a_connection_that_cannot_be_made_is_an_os_error():
+    (listener,) = await trio.open_tcp_listeners(0, host=LOCALHOST)
+    port = listener.socket.getsockname()[1]
+    await listener.aclose()
+    with pytest.raises(OSError, match="connect"):
+        await open_sspi_over_tcp_channel(LOCALHOST, port, make_initiator())
+
+
+async def test_the_default_target_is_the_host_that_is_connected_to():
+    async with tcp_server(greet) as port:
+        for target, expected in ((None, f"host/{LOCALHOST}"), ("http/www.example", "http/www.example")):
+            initiator = make_initiator(target=target)
+            async with await open_sspi_over_tcp_channel(LOCALHOST, port, initiator) as client:
+                await client.do_handshake()
+                assert client.peer.principal == expected
+            assert initiator.target == target
+
+
+def test_a_target_must_be_an_spn():
+    with pytest.raises(ConfigurationError, match="SPN"):
+        Initiator(target="server.example")
+
+
+async def test_a_bad_limit_is_refused_before_anybody_connects():
+    with trio.move_on_after(0.1) as scope, pytest.raises(ValueError, match="max_message_size"):
+        await serve_sspi_over_tcp(echo, 0, make_acceptor(), host=LOCALHOST, max_message_size=0)
+    assert not scope.cancelled_caught
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no Unix sockets in Trio there")
+async def test_a_unix_socket_can_be_served(tmp_path):
+    path = str(tmp_path / "socket")
+    listening = trio.socket.socket(trio.socket.AF_UNIX)
+    await listening.bind(path)
+    listening.listen()
+    listener = SSPIListener(trio.SocketListener(listening), make_acceptor())
+    async with listener, trio.open_nursery() as nursery:
+        await nursery.start(serve_sspi_listeners, greet, [listener])
+        client: Channel = SSPIChannel(await trio.open_unix_socket(path), make_initiator())
+        async with client:
+            assert [message async for message in client] == [SERVER_MESSAGE]
+        nursery.cancel_scope.cancel()
+
+
+# ---- peers that share none of our code: blocking, pyspnego alone, their own reading of the wire ----
+
+
+class Line:
+    """A blocking connection and a pyspnego context, in both wire formats."""
+
+    def __init__(self, connection: socket.socket, context: spnego.ContextProxy) -> None:
+        connection.settimeout(30)
+        self.connection = connection
+        self.context = context
+
+    def read(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = self.connection.recv(size - len(data))
+            if not more:
+                raise EOFError(f"{len(data)} of {size} bytes")
+            data += more
+        return data
+
+    def read_block(self) -> bytes:
+        (size,) = struct.unpack("<I", self.read(4))
+        return self.read(size)
+
+    def write_block(self, data: bytes) -> None:
+        self.connection.sendall(struct.pack("<I", len(data)) + data)
+
+    def shake_hands(self, *, first: bool) -> None:
+        token = self.context.step() if first else self.context.step(self.read_block())
+        while True:
+            if token:
+                self.write_block(token)
+            if self.context.complete:
+                return
+            token = self.context.step(self.read_block())
+
+    def record(self, message: bytes) -> bytes:
+        sealed = self.context.wrap_winrm(message)
+        return struct.pack("<I", len(sealed.header)) + sealed.header + sealed.data
+
+    def unseal(self, record: bytes) -> bytes:
+        (size,) = struct.unpack_from("<I", record)
+        return self.context.unwrap_winrm(record[4 : 4 + size], record[4 + size :])
+
+    def send(self, message: bytes) -> None:
+        self.write_block(self.record(message))
+
+    def receive(self) -> bytes:
+        return self.unseal(self.read_block())
+
+    def receive_sample(self) -> bytes:
+        """As the sample's client: until the buffer of 2048 bytes is full or the end has come."""
+        data = b""
+        while len(data) < 2048 and (more := self.connection.recv(2048 - len(data))):
+            data += more
+        return self.unseal(data)
+
+
+foreign_packagings = pytest.mark.parametrize(
+    ("protocol", "options"),
+    [("ntlm", NegotiateOptions.use_ntlm), ("negotiate", NegotiateOptions.use_negotiate)],
+    ids=["raw", "spnego"],
+)
+
+
+def foreign_client(port: int, talk: Callable[[Line], Any], password: str, protocol: str, options: Any) -> Any:
+    context = spnego.client("DOM\\alice", password, "server", "host", protocol=protocol, options=options)
+    with socket.create_connection((LOCALHOST, port)) as connection:
+        line = Line(connection, context)
+        line.shake_hands(first=True)
+        return talk(line)
+
+
+@foreign_packagings
+async def test_a_foreign_client_receives_the_samples_message(protocol, options):
+    async with tcp_server(greet, wire=WireFormat.SAMPLE) as port:
+        received = await trio.to_thread.run_sync(foreign_client, port, Line.receive_sample, PASSWORD, protocol, options)
+    assert received == SERVER_MESSAGE
+
+
+@foreign_packagings
+async def test_a_foreign_client_talks_in_the_framed_format(protocol, options, caplog):
+    def talk(line: Line) -> list[bytes]:
+        received = []
+        for i in range(20):
+            line.send(b"%d" % i * (i + 1))
+            received.append(line.receive())
+        # Two in one segment, then the goodbye; the server answers with the end of the stream.
+        line.connection.sendall(b"".join(frame(line.record(message)) for message in (b"a", b"b")))
+        received += [line.receive(), line.receive()]
+        line.send(b"")
+        with pytest.raises(EOFError, match="0 of 4 bytes"):
+            line.receive()
+        return received
+
+    async with tcp_server(echo) as port:
+        received = await trio.to_thread.run_sync(foreign_client, port, talk, PASSWORD, protocol, options)
+        await trio.testing.wait_all_tasks_blocked()
+    assert received == [b"%d" % i * (i + 1) for i in range(20)] + [b"a", b"b"]
+    assert "closed by the peer" in server_log(caplog)[0][1]
+
+
+@foreign_packagings
+async def test_a_foreign_client_hears_our_goodbye(protocol, options):
+    def talk(line: Line) -> list[bytes]:
+        return [line.receive(), line.receive()]
+
+    async with tcp_server(greet) as port:
+        received = await trio.to_thread.run_sync(foreign_client, port, talk, PASSWORD, protocol, options)
+    assert received == [SERVER_MESSAGE, b""]
+
+
+@pytest.mark.parametrize("wire", WireFormat)
+@foreign_packagings
+async def test_a_foreign_client_with_a_wrong_password_gets_nothing(wire, protocol, options):
+    def talk(line: Line) -> None:
+        # Raw NTLM's client believes itself logged in.
+        assert line.connection.recv(1) == b""
+        raise EOFError
+
+    async with tcp_server(greet, wire=wire) as port:
+        with pytest.raises((EOFError, ConnectionResetError)):
+            await trio.to_thread.run_sync(foreign_client, port, talk, "wrong", protocol, options)
+
+
+def foreign_server(listening: socket.socket, talk: Callable[[Line], Any], protocol: str, options: Any) -> Any:
+    listening.settimeout(30)
+    connection, _ = listening.accept()
+    with connection:
+        line = Line(connection, spnego.server(protocol=protocol, options=options))
+        line.shake_hands(first=False)
+        return talk(line)
+
+
+@pytest.fixture
+def listening(tmp_path, monkeypatch):
+    """A listening socket; and the account file that pyspnego's own acceptor reads."""
+    accounts = tmp_path / "accounts"
+    accounts.write_text(f"DOM:alice:{PASSWORD}\n")
+    monkeypatch.setenv("NTLM_USER_FILE", str(accounts))
+    with socket.create_server((LOCALHOST, 0)) as server:
+        yield server
+
+
+async def against_foreign_server(
+    listening: socket.socket, talk: Callable[[Line], Any], use: Any, protocol: str, options: Any, **channel: Any
+) -> Any:
+    results = []
+
+    async def serve() -> None:
+        results.append(await trio.to_thread.run_sync(foreign_server, listening, talk, protocol, options))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        port = listening.getsockname()[1]
+        initiator = make_initiator(raw=protocol == "ntlm")
+        async with await open_sspi_over_tcp_channel(LOCALHOST, port, initiator, **channel) as client:
+            await use(client)
+    return results[0]
+
+
+@foreign_packagings
+async def test_a_foreign_server_sends_us_the_samples_message(listening, protocol, options):
+    def talk(line: Line) -> str | None:
+        record = line.record(SERVER_MESSAGE)
+        assert len(record) == 48
+        line.connection.sendall(record)
+        line.connection.shutdown(socket.SHUT_WR)
+        assert line.connection.recv(1) == b""
+        return line.context.client_principal
+
+    async def use(client: Channel) -> None:
+        assert [message async for message in client] == [SERVER_MESSAGE]
+
+    who = await against_foreign_server(listening, talk, use, protocol, options, wire=WireFormat.SAMPLE)
+    assert who == "DOM\\alice"
+
+
+@foreign_packagings
+async def test_a_foreign_server_talks_in_the_framed_format(listening, protocol, options):
+    def talk(line: Line) -> list[bytes]:
+        received = []
+        while message := line.receive():
+            received.append(message)
+            line.send(message)
+        # Our goodbye was an empty message; behind it comes the end of our sending.
+        assert line.connection.recv(1) == b""
+        return received
+
+    async def use(client: Channel) -> None:
+        for i in range(20):
+            await client.send(b"%d" % i)
+            assert await client.receive() == b"%d" % i
+
+    received = await against_foreign_server(listening, talk, use, protocol, options)
+    assert received == [b"%d" % i for i in range(20)]
+
+
+@foreign_packagings
+async def test_a_foreign_servers_goodbye_is_an_end(listening, protocol, options):
+    def talk(line: Line) -> None:
+        line.send(b"last words")
+        line.send(b"")
+
+    async def use(client: Channel) -> None:
+        assert [message async for message in client] == [b"last words"]
+
+    await against_foreign_server(listening, talk, use, protocol, options)
+
+
+@foreign_packagings
+async def test_a_foreign_server_that_replays_is_found_out(listening, protocol, options):
+    def talk(line: Line) -> None:
+        record = frame(line.record(b"pay 10"))
+        line.connection.sendall(record + record)
+
+    async def use(client: Channel) -> None:
+        assert await client.receive() == b"pay 10"
+        error = await raised(client.receive)
+        assert isinstance(error.__cause__, UnsealError)
+
+    await against_foreign_server(listening, talk, use, protocol, options)
