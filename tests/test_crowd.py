@@ -1,0 +1,35 @@
+"""200 honest clients among 200 hostile ones."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from crowd import honest_crowd, hostile_crowd, serve
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+MEBIBYTE = 2**20
+
+
+async def test_every_honest_login_succeeds_among_hostile_ones_and_memory_stays_flat(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serve(tmp_path, log) as server:
+        await honest_crowd(server.port, 100, at_once=20)
+        idle = server.descriptors()
+        async with hostile_crowd(server.port, 200) as visits:
+            assert len((await honest_crowd(server.port, 200, at_once=20)).seconds) == 200
+            before = server.resident()
+            assert len((await honest_crowd(server.port, 600, at_once=20)).seconds) == 600
+            after = server.resident()
+        assert visits[0] > 200
+        assert after - before < 4 * MEBIBYTE
+        # All that the hostile ones left behind is gone once the honest ones have been served again.
+        while server.descriptors() > idle:
+            await honest_crowd(server.port, 1, at_once=1)
+    text = log.read_text()
+    assert "Traceback" not in text and "our" not in text
+    assert "wrong password for 'DOM\\\\alice'" in text
+    assert "the peer announced" in text
