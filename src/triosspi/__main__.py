@@ -1,0 +1,5 @@
+"""``python -m triosspi``: the command line."""
+
+from .service.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What a deployment adds to the library: the command line, and the applications it can serve."""

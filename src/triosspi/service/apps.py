@@ -1,0 +1,66 @@
+"""What `triosspi serve` serves: the two built-in applications, and those of others."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+
+import trio
+
+from .._errors import ConfigurationError
+from .._tcp import Handler, TCPChannel
+
+#: The sample's message to its client: 28 bytes, without a terminating NUL.
+SAMPLE_MESSAGE = b"This is your server speaking"
+
+
+class Greet:
+    """Sends one message and closes, as Microsoft's sample does."""
+
+    def __init__(self, message: bytes = SAMPLE_MESSAGE) -> None:
+        self._message = message
+
+    async def __call__(self, channel: TCPChannel) -> None:
+        """Serve one client."""
+        await channel.send(self._message)
+
+
+async def echo(channel: TCPChannel) -> None:
+    """Sends every message back, a whole batch at a time where the client sends without waiting."""
+    while True:
+        try:
+            messages = await channel.receive_many()
+        except trio.EndOfChannel:
+            return
+        await channel.send_many(messages)
+
+
+def load_app(name: str) -> Handler:
+    """Import an application.
+
+    Args:
+      name: ``module:function``; the function is async and takes an `SSPIChannel`. The working
+          directory is searched first.
+
+    Raises:
+      ConfigurationError: there is no such thing, or importing it fails.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ConfigurationError(f"{name!r} is no application: write 'greet', 'echo' or 'module:function'")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as exc:
+        raise ConfigurationError(f"cannot load the application {name!r}: {type(exc).__name__}: {exc}") from exc
+    # An object may be an application too, but what a class's call makes is not awaitable.
+    call = None if inspect.isclass(found) else getattr(found, "__call__", None)  # noqa: B004
+    if not (inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(call)):
+        raise ConfigurationError(f"the application {name!r} is not an async function")
+    return found  # type: ignore[return-value]  # no more can be known of it

@@ -1,0 +1,52 @@
+"""The command line: ``triosspi serve``, ``connect`` and ``accounts``."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import NoReturn
+
+try:
+    import click
+except ImportError:  # pragma: no cover - needs an installation without the extra
+    sys.exit("triosspi: the command line needs click: pip install 'triosspi[server]'")
+
+from ... import __version__
+from ..._errors import SSPIError
+from ..client import ConnectError
+from . import accounts, connect, serve
+
+
+def main() -> NoReturn:
+    """Run the command line. Every failure is one line on standard error, never a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What others have sent or written may not be in the terminal's alphabet.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = cli(standalone_mode=False)
+    except click.UsageError as exc:
+        command = exc.ctx.command_path if exc.ctx is not None else "triosspi"
+        _fail(f"{exc.format_message()} (see '{command} --help')", 2)
+    except click.ClickException as exc:
+        _fail(exc.format_message())
+    except click.Abort:
+        _fail("aborted")
+    except (SSPIError, ConnectError) as exc:
+        _fail(str(exc))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, status: int = 1) -> NoReturn:
+    click.echo(f"triosspi: {' '.join(text.split())}", err=True)
+    sys.exit(status)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
+@click.version_option(__version__, prog_name="triosspi")
+def cli() -> None:
+    """Windows-authenticated TCP: SSPI Negotiate, then sealed messages."""
+
+
+cli.add_command(serve.serve)
+cli.add_command(connect.connect)
+cli.add_command(accounts.accounts)

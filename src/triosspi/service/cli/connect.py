@@ -1,0 +1,105 @@
+"""``triosspi connect``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import trio
+
+from ..._errors import ConfigurationError
+from ..._wire import WireFormat
+from ...security.credentials import Initiator
+from ..client import ConnectOptions, parse_address, run_client
+from ..transcript import harmless
+from .common import DEFAULT_PORT, MECHANISMS, WIRES, message_bytes
+from .passwords import InputLines, decode_password, prompt_password, read_password_stdin, require_terminal
+
+
+@click.command()
+@click.argument("address", metavar="HOST[:PORT]")
+@click.option("--wire", type=WIRES, default=WireFormat.SAMPLE.value, show_default=True, help="The wire format.")
+@click.option("--user", metavar=r"'DOM\name'", help="Who to log in as. [default: the system's own credentials]")
+@click.option("--password-file", type=click.Path(path_type=Path), help="Its first line is the password.")
+@click.option("--password-stdin", is_flag=True, help="Standard input's first line is the password.")
+@click.option("--target", metavar="host/server", help="The service's SPN. [default: host/HOST]")
+@click.option("--mechanism", type=MECHANISMS, default="negotiate", show_default=True, help="How to log in.")
+@click.option("--message", "messages", multiple=True, help="What to send (framed); may be repeated. [default: stdin]")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds."
+)
+def connect(
+    *,
+    address: str,
+    wire: str,
+    user: str | None,
+    password_file: Path | None,
+    password_stdin: bool,
+    target: str | None,
+    mechanism: Any,
+    messages: tuple[str, ...],
+    timeout: float,
+) -> None:
+    r"""Log in to a server and talk to it.
+
+    With --wire sample the server speaks: its message is printed. With --wire framed each --message, or
+    each line of standard input that is not empty, is sent, and the reply to it printed.
+
+    The password comes from --password-file, --password-stdin, the environment's TRIOSSPI_PASSWORD or a
+    prompt: never from the command line, which other users of the machine can read.
+    """
+    host, port = parse_address(address, DEFAULT_PORT)
+    if messages and wire == WireFormat.SAMPLE.value:
+        raise click.UsageError("--message needs --wire framed: in the sample's format only the server speaks")
+    read_line = InputLines()
+    to_send = [message_bytes(message) for message in messages]
+    password = None
+    if user is not None:
+        password = _find_password(user, password_file, password_stdin, read_line)
+    elif password_file is not None or password_stdin:
+        raise click.UsageError("a password needs --user")
+    initiator = Initiator(username=user, password=password, target=target, mechanism=mechanism)
+    options = ConnectOptions(
+        host=host,
+        port=port,
+        initiator=initiator,
+        wire=WireFormat(wire),
+        messages=to_send,
+        timeout=timeout,
+        read_line=read_line,
+        show=_show,
+    )
+    trio.run(run_client, options)
+
+
+def _show(message: bytes) -> None:
+    if sys.stdout.isatty():
+        # What a server sends must not be able to command the terminal.
+        click.echo(harmless(message.decode(errors="backslashreplace"), keep="\n\t"))
+    else:
+        click.echo(message)
+
+
+def _read_password_file(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+    except OSError as exc:
+        raise ConfigurationError(f"cannot read the password file {file}: {exc.strerror}") from None
+    return decode_password(data.split(b"\n", 1)[0].removesuffix(b"\r"), f"the password file {file}")
+
+
+def _find_password(user: str, file: Path | None, from_stdin: bool, read_line: Callable[[], bytes]) -> str:
+    if file is not None and from_stdin:
+        raise click.UsageError("--password-file and --password-stdin exclude each other")
+    if file is not None:
+        return _read_password_file(file)
+    if from_stdin:
+        return read_password_stdin(read_line)
+    if from_environment := os.environ.get("TRIOSSPI_PASSWORD"):
+        return decode_password(os.fsencode(from_environment), "the password in TRIOSSPI_PASSWORD")
+    require_terminal("--password-file, --password-stdin or the environment's TRIOSSPI_PASSWORD")
+    return prompt_password(f"Password for {user}")
