@@ -7,8 +7,9 @@
 #
 # Whether something is missing is decided by trying the thing itself, not by asking the package database: a compiler or
 # a Python that did not come from a package is as good. To add a need, write a probe and name it, with its Debian
-# package, in one of the two lists: as a `need`, or as a `want`, which some tests are skipped without. In CI (the
-# variable CI is set) what is wanted is needed.
+# package, in one of the two lists: as a `need`, or as a `want`, which some tests are skipped without, or as an `offer`,
+# which is a want that this script leaves alone where installing it would start servers. In CI (the variable CI is set)
+# what is wanted or offered is needed.
 set -eu
 
 python=${PYTHON:-python3}
@@ -44,6 +45,13 @@ probe_gssapi_headers() {
         # shellcheck disable=SC2086  # a list of words is what it is
         echo '#include <gssapi/gssapi_ext.h>' | $(compiler) $cflags -E - >/dev/null 2>&1
 }
+probe_heimdal_headers() {
+    have krb5-config.heimdal && cflags=$(krb5-config.heimdal --cflags gssapi) &&
+        # shellcheck disable=SC2086  # a list of words is what it is
+        echo '#include <gssapi/gssapi_krb5.h>' | $(compiler) $cflags -E - >/dev/null 2>&1
+}
+probe_samba() { have_daemon samba && have samba-tool; }
+probe_samba_provision() { [ -f /usr/share/samba/setup/provision.ldif ] || [ -f /usr/local/share/samba/setup/provision.ldif ]; }
 probe_gss_ntlmssp() { grep -qs '1\.3\.6\.1\.4\.1\.311\.2\.2\.10' /etc/gss/mech /etc/gss/mech.d/*.conf; }
 
 # ---- the lists: probe, Debian package ----
@@ -67,6 +75,9 @@ test_needs() {
     want probe_kdc krb5-kdc
     want probe_kadmin krb5-admin-server
     want probe_kinit krb5-user
+    want probe_heimdal_headers heimdal-multidev
+    offer probe_samba samba-ad-dc
+    offer probe_samba_provision samba-ad-provision
 }
 
 # ---- the work ----
@@ -78,11 +89,18 @@ fi
 
 missing=
 wanted=
+offered=
 need() { "$1" || missing="$missing $2"; }
 want() { "$1" || wanted="$wanted $2"; }
+offer() { "$1" || offered="$offered $2"; }
+# Without systemd no package starts a service.
+[ -d /run/systemd/system ] || offer() { want "$@"; }
 case "${CI:-}" in
     '' | 0 | false | no) ;;
-    *) want() { need "$@"; } ;;
+    *)
+        want() { need "$@"; }
+        offer() { need "$@"; }
+        ;;
 esac
 
 case "${1:-}" in
@@ -91,6 +109,10 @@ case "${1:-}" in
 esac
 
 "$needs"
+[ -z "$offered" ] || {
+    echo "some tests will be skipped, for want of:$offered" >&2
+    echo "(not installed by itself: the package starts a file server, and the tests need only the program)" >&2
+}
 [ -n "$missing$wanted" ] || exit 0
 
 if have apt-get && [ "$(id -u)" -eq 0 ]; then
@@ -103,6 +125,7 @@ if have apt-get && [ "$(id -u)" -eq 0 ]; then
     fi
     missing=
     wanted=
+    offered=
     "$needs"
     [ -z "$wanted" ] || echo "some tests will be skipped, for want of:$wanted" >&2
     [ -n "$missing" ] || exit 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import pytest
@@ -311,6 +312,27 @@ async def test_ntlm_needs_no_thread():
     client, server = await connected_channels(run_blocking=run_blocking)
     assert client.peer
     assert server.peer
+
+
+async def test_a_cancelled_handshake_does_not_wait_for_a_step_that_still_blocks():
+    # A KDC that does not answer holds the Kerberos library up for a minute.
+    started, release = threading.Event(), threading.Event()
+
+    def blocked_step(token: bytes | None) -> bytes:
+        started.set()
+        assert release.wait(10)
+        return b"too late"
+
+    channel, credential = plain_channel(ScriptedStream([frame(b"one")]), "accept", [b"done"], may_block=True)
+    credential.contexts[0].step = blocked_step
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(channel.do_handshake)
+        assert await trio.to_thread.run_sync(started.wait, 10)
+        nursery.cancel_scope.cancel()
+    # Only now: the nursery has not waited for it.
+    assert not release.is_set()
+    release.set()
+    assert isinstance((await raised_by(channel.receive)).__cause__, trio.Cancelled)
 
 
 async def test_by_default_a_step_that_may_block_runs_in_a_thread():

@@ -37,11 +37,15 @@ from triosspi import (
 from triosspi._session import MAX_ROUNDS, Session
 from triosspi.security import context
 from triosspi.security.accounts import AccountTable
+from triosspi.security.authorization import Authorization
 from triosspi.security.context import SecurityContext
 from triosspi.security.identity import ContextFlag
-from triosspi.security.policy import check_acceptor, check_initiator
+from triosspi.security.kerberos import KerberosPolicy
+from triosspi.security.policy import AcceptorPolicy, check_initiator
 from triosspi.security.sealers import GSSWrapSealer
 from triosspi.security.spnego_compat import AcceptorNTLM
+
+check_acceptor = AcceptorPolicy(kerberos=KerberosPolicy(), authorization=Authorization()).check
 
 both_formats = pytest.mark.parametrize("wire", WireFormat)
 both_packagings = pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])
@@ -818,7 +822,7 @@ def test_a_kerberos_context_of_a_gss_library_is_rotated(monkeypatch):
     class Proxy(NativeProxy, WrapProxy):
         encrypted = True
 
-    monkeypatch.setattr(context, "is_gssapi", lambda _: True)
+    monkeypatch.setattr(context, "kerberos_enctype", lambda _: 18)
     session = native_context(Proxy(), check_acceptor)
     session.step(b"token")
     data = session.seal([b"hello"])

@@ -49,10 +49,19 @@ StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 
 
 class RunBlocking(Protocol):
-    """Runs a sync function where it may block; `trio.to_thread.run_sync` is one."""
+    """Runs a sync function where it may block; `run_in_thread` is one."""
 
     def __call__(self, sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> Awaitable[bytes]:
         """Run ``sync_fn(token)`` and return its result."""
+
+
+async def run_in_thread(sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> bytes:
+    """Run a handshake's step in one of Trio's worker threads.
+
+    A cancelled one is left to itself: a KDC that does not answer may hold it up for a minute, and nobody
+    will look at a broken channel's session again.
+    """
+    return await trio.to_thread.run_sync(sync_fn, token, abandon_on_cancel=True)
 
 
 class _State(enum.Enum):
@@ -142,7 +151,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         *,
         wire: WireFormat = WireFormat.FRAMED,
         max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-        run_blocking: RunBlocking = trio.to_thread.run_sync,
+        run_blocking: RunBlocking = run_in_thread,
         tracer: Tracer | None = None,
     ) -> None:
         self.transport_stream: StreamT = transport_stream
@@ -428,7 +437,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
         *,
         wire: WireFormat = WireFormat.FRAMED,
         max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-        run_blocking: RunBlocking = trio.to_thread.run_sync,
+        run_blocking: RunBlocking = run_in_thread,
         make_tracer: Callable[[], Tracer] | None = None,
     ) -> None:
         # Not first when somebody connects.

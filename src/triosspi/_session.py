@@ -184,6 +184,7 @@ class Session:
             if len(messages) > 1:
                 raise LocalProtocolError("the sample's format has one message only")
             self._said_all = True
+        self._context.check_alive()
         seal = self._context.seal
         records = [seal(message) for message in messages]
         if self._tracer is not None:
@@ -224,6 +225,7 @@ class Session:
 
     def _open_records(self, messages: list[bytes]) -> None:
         codec, open_record = self._codec, self._context.open
+        self._context.check_alive()
         for trailer, ciphertext in codec.records():
             message = open_record(trailer, ciphertext)
             self._unproven = False

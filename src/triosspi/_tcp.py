@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, NoReturn, TypeAlias
 
 import trio
 
-from ._channel import RunBlocking, SSPIChannel, SSPIListener
+from ._channel import RunBlocking, SSPIChannel, SSPIListener, run_in_thread
 from ._errors import TruncatedError
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
@@ -58,6 +60,7 @@ class ServerStatistics:
       timed_out: handshakes that took longer than ``handshake_timeout``.
       handler_errors: handlers that raised something of their own.
       lost: sessions in which the connection was lost or a message did not open.
+      expired: sessions that ended with the peer's Kerberos ticket.
       accept_errors: failures of accept(2).
     """
 
@@ -67,6 +70,7 @@ class ServerStatistics:
     timed_out: int = 0
     handler_errors: int = 0
     lost: int = 0
+    expired: int = 0
     accept_errors: int = 0
 
 
@@ -77,7 +81,7 @@ async def open_sspi_over_tcp_channel(
     *,
     wire: WireFormat = WireFormat.FRAMED,
     max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    run_blocking: RunBlocking = run_in_thread,
     tracer: Tracer | None = None,
     happy_eyeballs_delay: float | None = 0.25,
 ) -> TCPChannel:
@@ -114,7 +118,7 @@ async def open_sspi_over_tcp_listeners(
     host: str | None = None,
     wire: WireFormat = WireFormat.FRAMED,
     max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
     backlog: int | None = None,
 ) -> list[TCPListener]:
@@ -156,7 +160,7 @@ async def serve_sspi_over_tcp(
     host: str | None = None,
     wire: WireFormat = WireFormat.FRAMED,
     max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = trio.to_thread.run_sync,
+    run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
@@ -168,7 +172,8 @@ async def serve_sspi_over_tcp(
 
     Unlike `trio.serve_tcp`, this goes on whatever happens to one connection: a handshake that fails
     or takes too long, a handler that raises, a peer that vanishes are logged (to the logger
-    ``triosspi.server``) and counted. The channel is closed when the handler returns.
+    ``triosspi.server``) and counted. The channel is closed when the handler returns, and no session
+    outlives its Kerberos ticket: then the handler is cancelled, and the channel closed with a goodbye.
 
     Args:
       handler: called in a task of its own with an authenticated channel.
@@ -309,8 +314,14 @@ async def _run_handler(channel: TCPChannel, handler: Handler, source: str, count
 
 
 async def _call_handler(channel: TCPChannel, handler: Handler, source: str, counts: ServerStatistics) -> None:
+    expires_at = channel.peer.expires_at
+    seconds = math.inf if expires_at is None else (expires_at - datetime.now(UTC)).total_seconds()
     try:
-        await handler(channel)
+        with trio.move_on_after(max(0.0, seconds)) as in_time:
+            await handler(channel)
+        if in_time.cancelled_caught:
+            counts.expired += 1
+            log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
     except Exception as exc:  # noqa: BLE001 - logged with its traceback
         _account_for(exc, channel, source, counts)
     except BaseExceptionGroup as group:

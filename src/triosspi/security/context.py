@@ -8,6 +8,8 @@ comes out.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -15,8 +17,9 @@ from spnego import ContextProxy
 
 from .._errors import AuthenticationError, UnsealError, printable
 from .identity import PeerIdentity
-from .sealers import NTLM_TRAILER_SIZE, GSSWrapSealer, ProxySealer, Sealer
-from .spnego_compat import inner_context, is_gssapi
+from .kerberos import root_reason
+from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, GSSWrapSealer, ProxySealer, Sealer
+from .spnego_compat import inner_context, kerberos_enctype
 
 Usage = Literal["initiate", "accept"]
 
@@ -59,6 +62,8 @@ def first_token_kind(token: bytes) -> str:
 
 
 def _describe(exc: Exception) -> str:
+    if (kerberos := root_reason(exc)) is not None:
+        return f"Kerberos: {printable(kerberos, 200)}"
     # The text may hold what the peer sent (a KeyError's key, a name that was not found).
     return f"{type(exc).__name__} {printable(str(exc), 200)}" if str(exc) else type(exc).__name__
 
@@ -90,6 +95,7 @@ class SecurityContext:
         self._failed = False
         self._peer: PeerIdentity | None = None
         self._sealer: Sealer | None = None
+        self._deadline = math.inf
 
     @property
     def may_block(self) -> bool:
@@ -127,12 +133,14 @@ class SecurityContext:
 
     def _finish(self, proxy: ContextProxy) -> None:
         peer = self._check(proxy)
+        if peer.expires_at is not None:
+            self._deadline = time.monotonic() + (peer.expires_at - peer.authenticated_at).total_seconds()
         # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
         inner = inner_context(proxy) or proxy
         if peer.mechanism == "ntlm":
             self._sealer = ProxySealer(inner, NTLM_TRAILER_SIZE)
-        elif is_gssapi(inner):
-            self._sealer = GSSWrapSealer(inner, inner.query_message_sizes().header)
+        elif (enctype := kerberos_enctype(inner)) is not None:
+            self._sealer = GSSWrapSealer(inner, KERBEROS_TRAILER_SIZES[enctype])
         else:
             self._sealer = ProxySealer(inner, inner.query_message_sizes().header)
         self._peer = peer
@@ -154,6 +162,15 @@ class SecurityContext:
         """Bytes that sealing adds. Only once `established`."""
         assert self._sealer is not None
         return self._sealer.trailer_size
+
+    def check_alive(self) -> None:
+        """See that the peer's ticket has not ended.
+
+        Raises:
+          UnsealError: it has.
+        """
+        if time.monotonic() > self._deadline:
+            raise UnsealError("the peer's Kerberos ticket has ended")
 
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal: (trailer, ciphertext). Messages open in the order in which they were sealed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Final, Literal
@@ -14,19 +14,20 @@ from spnego import ContextProxy, NegotiateOptions
 from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, ConfigurationError
-from . import ntlm
+from . import kerberos, ntlm
 from .accounts import AccountSource
+from .authorization import Authorization
 from .context import SecurityContext, first_token_kind
 from .identity import ContextFlag
 from .names import simple_upper
-from .policy import check_acceptor, check_initiator
+from .policy import AcceptorPolicy, check_initiator
 from .spnego_compat import (
     MECHANISMS,
+    AcceptorKerberos,
     AcceptorNegotiate,
     AcceptorNTLM,
     GSSMech,
     InitiatorNegotiate,
-    kerberos_acceptor,
     rc4k,
     upper_case_as_windows,
 )
@@ -35,15 +36,6 @@ from .spnego_compat import (
 Mechanism = Literal["kerberos", "ntlm"]
 
 _WINDOWS = sys.platform == "win32"
-_INSTALL_KERBEROS: Final = "Kerberos needs python-gssapi: pip install 'triosspi[kerberos]'"
-
-
-def _require_gssapi() -> Any:
-    try:
-        import gssapi  # noqa: PLC0415 - an extra, and loading it takes the Kerberos libraries along
-    except ImportError:
-        raise ConfigurationError(_INSTALL_KERBEROS) from None
-    return gssapi
 
 
 def _bindings(application_data: bytes | None) -> GssChannelBindings | None:
@@ -59,7 +51,15 @@ class Acceptor:
 
     Args:
       accounts: who may log in by NTLM, usually an `AccountFile`.
-      keytab: where the service's Kerberos keys are, as ``FILE:/etc/krb5.keytab``.
+      keytab: where the service's Kerberos keys are, as ``FILE:/etc/krb5.keytab``; read again on each
+          login, so a replaced one needs no restart. Without it ``mechanisms=("kerberos",)`` takes the
+          default keytab (KRB5_KTNAME, or krb5.conf's).
+      spns: names of this service, as ``host/server.example``: a ticket for another name is refused,
+          though the keytab has its key. Empty admits every name in the keytab.
+      allow_rc4: admit Kerberos session keys of RC4-HMAC, which old domains still hand out.
+      allow: who may come in, see `triosspi.security.authorization`; None is everybody who logs in.
+      deny: who may not; it wins over ``allow``.
+      require_groups: SIDs that the PAC of a client's ticket must all have, so Active Directory's groups.
       mechanisms: which mechanisms to accept, the preferred first; by default Kerberos and NTLM, each
           if there is something to verify it with. ``("kerberos",)`` refuses NTLM whatever the client
           offers.
@@ -82,11 +82,16 @@ class Acceptor:
 
     accounts: AccountSource | None = None
     keytab: str | None = None
+    spns: Collection[str] = ()
+    allow_rc4: bool = False
+    allow: Collection[str] | None = None
+    deny: Collection[str] = ()
+    require_groups: Collection[str] = ()
     mechanisms: tuple[Mechanism, ...] | None = None
     allow_raw: bool = True
     channel_bindings: bytes | None = field(default=None, repr=False)
     require_mic: bool = True
-    target_names: frozenset[str] = frozenset()
+    target_names: Collection[str] = ()
     require_target: Literal["off", "allow", "require"] = "off"
 
     usage: Final = "accept"
@@ -104,6 +109,7 @@ class Acceptor:
             raise ConfigurationError("nobody could log in: mechanisms is empty")
         if self.require_target != "off" and not self.target_names:
             raise ConfigurationError("require_target needs target_names to compare with")
+        self._policy  # noqa: B018 - validates its rules
         if not _WINDOWS:
             if "ntlm" in self.enabled and self.accounts is None:
                 raise ConfigurationError("NTLM needs accounts: give an AccountFile")
@@ -126,15 +132,22 @@ class Acceptor:
 
     @cached_property
     def _kerberos_credential(self) -> object:
-        gssapi = _require_gssapi()
-        store = None if self.keytab is None else {"keytab": self.keytab}
-        try:
-            return gssapi.Credentials(
-                usage="accept", mechs=[gssapi.OID.from_int_seq(MECHANISMS["kerberos"].value)], store=store
-            )
-        except gssapi.exceptions.GSSError as exc:
-            where = self.keytab or "the default keytab"
-            raise ConfigurationError(f"no Kerberos keys in {where}: {exc.gen_message()}") from None
+        return kerberos.acceptor_credential(self.keytab)
+
+    @cached_property
+    def _policy(self) -> AcceptorPolicy:
+        return AcceptorPolicy(
+            kerberos=kerberos.KerberosPolicy(
+                spns=kerberos.folded_spns(self.spns),
+                channel_bound=self.channel_bindings is not None,
+                allow_rc4=self.allow_rc4,
+            ),
+            authorization=Authorization(
+                allow=None if self.allow is None else frozenset(self.allow),
+                deny=frozenset(self.deny),
+                require_groups=frozenset(self.require_groups),
+            ),
+        )
 
     @cached_property
     def _ntlm_policy(self) -> ntlm.NTLMPolicy:
@@ -148,8 +161,9 @@ class Acceptor:
 
     @cached_property
     def _factories(self) -> dict[GSSMech, Callable[[], ContextProxy]]:
+        bindings = _bindings(self.channel_bindings)
         makers: dict[str, Callable[[], ContextProxy]] = {
-            "kerberos": lambda: kerberos_acceptor(self._kerberos_credential),
+            "kerberos": lambda: AcceptorKerberos(self._kerberos_credential, bindings),
             "ntlm": lambda: AcceptorNTLM(self._verify_ntlm),
         }
         return {MECHANISMS[mechanism]: makers[mechanism] for mechanism in self.enabled}
@@ -167,7 +181,7 @@ class Acceptor:
           demanded: what a Kerberos context must provide; NTLM under this policy has all of it.
         """
         return SecurityContext(
-            self.usage, self._open_proxy, partial(check_acceptor, demanded=demanded), may_block=self._may_block
+            self.usage, self._open_proxy, partial(self._policy.check, demanded=demanded), may_block=self._may_block
         )
 
     def _may_block(self) -> bool:
@@ -197,12 +211,15 @@ class Initiator:
       username: ``DOM\user``, ``user@realm`` or ``user``. None takes the credentials that the system
           has: a Kerberos ticket, or on Windows the logged-on user.
       password: never shown in a repr.
+      ccache: a Kerberos credential cache to take instead of a password, as ``FILE:/tmp/krb5cc_0``.
+      keytab: a keytab with the user's key to take instead of a password, as ``/etc/client.keytab``.
       target: the service's SPN, ``host/server.example``. None means ``host/`` and the host that is
           connected to. Kerberos gets a ticket for it; NTLM only mentions it.
       mechanism: ``"negotiate"`` tries Kerberos, if it is installed, and falls back to NTLM; the
           others are that mechanism alone.
       raw: send the mechanism's own tokens, not wrapped in SPNEGO. Then the acceptor does not confirm
           the login, and a refused one shows only at the first message.
+      allow_rc4: be content with a Kerberos session key of RC4-HMAC.
       channel_bindings: the application data of the channel bindings, see `Acceptor`.
 
     Raises:
@@ -211,9 +228,12 @@ class Initiator:
 
     username: str | None = None
     password: str | None = field(default=None, repr=False)
+    ccache: str | None = None
+    keytab: str | None = None
     target: str | None = None
     mechanism: Literal["negotiate", "kerberos", "ntlm"] = "negotiate"
     raw: bool = False
+    allow_rc4: bool = False
     channel_bindings: bytes | None = field(default=None, repr=False)
 
     usage: Final = "initiate"
@@ -224,6 +244,8 @@ class Initiator:
             raise ConfigurationError(f"unknown mechanism {self.mechanism!r}: one of {known}")
         if self.raw and self.mechanism == "negotiate":
             raise ConfigurationError("raw needs one mechanism: kerberos or ntlm")
+        if sum(option is not None for option in (self.password, self.ccache, self.keytab)) > 1:
+            raise ConfigurationError("password, ccache and keytab exclude each other")
         if self.password is not None and not self.username:
             raise ConfigurationError("a password needs a username")
         if self.target is not None:
@@ -231,13 +253,13 @@ class Initiator:
             if not service or not host:
                 raise ConfigurationError(f"{self.target!r} is no SPN: write it as 'host/server.example'")
         if not _WINDOWS:
-            if self.username is None:
+            if self.password is None and self.mechanism != "ntlm":
                 # What then logs in is a Kerberos ticket.
-                _require_gssapi()
+                kerberos.require_gssapi()
             if self.mechanism == "ntlm" and self.password is None:
                 raise ConfigurationError("NTLM needs a username and a password")
             if self.mechanism == "kerberos":
-                _require_gssapi()
+                kerberos.require_gssapi()
 
     def with_default_host(self, host: str) -> Initiator:
         """The same, with the target ``host/`` and this host where no target was given."""
@@ -248,15 +270,22 @@ class Initiator:
         return SecurityContext(
             self.usage,
             self._open_proxy,
-            partial(check_initiator, demanded=demanded),
+            partial(check_initiator, demanded=demanded, allow_rc4=self.allow_rc4),
             # NTLM with a password is arithmetic; anything else may ask a KDC, DNS or the system.
             may_block=lambda: self.mechanism != "ntlm" or _WINDOWS,
         )
 
+    def _credential(self) -> str | spnego.Credential | None:
+        if self.ccache is not None:
+            return spnego.KerberosCCache(self.ccache, principal=self.username)
+        if self.keytab is not None:
+            return spnego.KerberosKeytab(self.keytab, principal=self.username)
+        return self.username
+
     def _open_proxy(self, _token: bytes | None) -> ContextProxy:
         service, _, host = (self.target or "host/unspecified").partition("/")
         arguments: dict[str, Any] = {
-            "username": self.username,
+            "username": self._credential(),
             "password": self.password,
             "hostname": host,
             "service": service,

@@ -19,6 +19,23 @@ class ContextFlag(enum.IntFlag):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PAC:
+    """What Active Directory says of a user in a Kerberos ticket ([MS-PAC] 2.5), signed by the KDC.
+
+    Attributes:
+      account: the account's name in the domain.
+      domain: the domain's NetBIOS name.
+      sid: the user's own SID, as ``S-1-5-21-...``.
+      groups: the SIDs of the groups that the user is in, directly or through others.
+    """
+
+    account: str
+    domain: str
+    sid: str
+    groups: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerIdentity:
     r"""Who is at the other end of a finished handshake.
 
@@ -33,6 +50,12 @@ class PeerIdentity:
       flags: what the context provides.
       mutual: whether the acceptor has proved itself to the initiator too. NTLM never does.
       authenticated_at: when the handshake ended, with time zone (UTC).
+      expires_at: when the peer's ticket ends, clock skew included, and the connection with it; None
+          with NTLM.
+      enctype: the encryption type of the Kerberos session key, as ``aes256-cts-hmac-sha1-96``.
+      delegated: whether the client has delegated its Kerberos credentials.
+      pac: what Active Directory says of the client; None without a PAC, or with one whose signature the
+          Kerberos library has not verified.
     """
 
     principal: str
@@ -42,6 +65,15 @@ class PeerIdentity:
     flags: ContextFlag
     mutual: bool
     authenticated_at: datetime
+    expires_at: datetime | None = None
+    enctype: str | None = None
+    delegated: bool = False
+    pac: PAC | None = None
+
+    @property
+    def realm(self) -> str:
+        """The Kerberos realm; empty with NTLM."""
+        return self.domain if self.mechanism == "kerberos" else ""
 
     def __str__(self) -> str:
         return self.principal

@@ -7,31 +7,42 @@ the functions here has looked at all of it.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from spnego import ContextProxy
 
 from .._errors import AuthenticationError
+from .authorization import Authorization
 from .identity import ContextFlag, PeerIdentity
+from .kerberos import KerberosPolicy, Ticket, check_enctype, enctype_name
+from .kerberos import check as check_ticket
 from .ntlm import REQUIRED_FLAGS
-from .spnego_compat import AcceptorNegotiate, AcceptorNTLM, InitiatorNegotiate, inner_context, ntlm_flags
+from .spnego_compat import (
+    AcceptorKerberos,
+    AcceptorNegotiate,
+    AcceptorNTLM,
+    InitiatorNegotiate,
+    inner_context,
+    kerberos_enctype,
+    ntlm_flags,
+)
 
 _SESSION_KEY_SIZES: Final = (16, 32)
 # The bits of pyspnego's ContextReq that are GSS-API's own.
 _GSS_FLAGS: Final = 0x3F
 
 
-def _peer(proxy: ContextProxy, principal: str, domain: str, name: str) -> PeerIdentity:
-    flags = ContextFlag(int(proxy.context_attr) & _GSS_FLAGS)
-    mechanism = proxy.negotiated_protocol or "unknown"
+def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str) -> PeerIdentity:
+    gss_flags = ContextFlag(flags & _GSS_FLAGS)
     return PeerIdentity(
         principal=principal,
         domain=domain,
         name=name,
         mechanism=mechanism,
-        flags=flags,
-        mutual=mechanism != "ntlm" and ContextFlag.MUTUAL in flags,
+        flags=gss_flags,
+        mutual=mechanism != "ntlm" and ContextFlag.MUTUAL in gss_flags,
         authenticated_at=datetime.now(UTC),
     )
 
@@ -40,9 +51,13 @@ def _check_inner(proxy: ContextProxy) -> ContextProxy:
     inner = inner_context(proxy)
     if inner is None or not inner.complete:
         raise AuthenticationError("the peer says that it is done, but nobody has authenticated")
+    return inner
+
+
+def _check_session_key(inner: ContextProxy) -> None:
+    """Kerberos contexts of ours say more about their key: its encryption type."""
     if len(inner.session_key) not in _SESSION_KEY_SIZES:
         raise AuthenticationError("the context has no session key")
-    return inner
 
 
 def _check_flags(proxy: ContextProxy, demanded: ContextFlag) -> None:
@@ -61,24 +76,64 @@ def _check_mech_list_mic(proxy: AcceptorNegotiate, mechanism: str) -> None:
         raise AuthenticationError("the client's mechListMIC is missing")
 
 
-def check_acceptor(proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
-    """Decide whether an acceptor's context that calls itself complete is; and whose it is.
+@dataclass(frozen=True, slots=True)
+class AcceptorPolicy:
+    """What one acceptor demands of every context.
 
-    Args:
-      proxy: the context.
-      demanded: what a Kerberos context must provide.
-
-    Raises:
-      AuthenticationError: it is not.
+    Attributes:
+      kerberos: of tickets.
+      authorization: of whoever has authenticated, by either mechanism.
     """
-    inner = _check_inner(proxy)
-    if isinstance(proxy, AcceptorNegotiate):
-        _check_mech_list_mic(proxy, inner.negotiated_protocol or "")
-    if isinstance(inner, AcceptorNTLM):
-        if inner.login is None:
-            raise AuthenticationError("the NTLM login was not verified")
-        account = inner.login.account
-        return _peer(inner, account.principal, account.domain, account.name)
+
+    kerberos: KerberosPolicy
+    authorization: Authorization
+
+    def check(self, proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+        """Decide whether a context that calls itself complete is; whose it is; and whether he may come in.
+
+        Args:
+          proxy: the context.
+          demanded: what a Kerberos context must provide.
+
+        Raises:
+          AuthenticationError: it is not, or he may not.
+        """
+        inner = _check_inner(proxy)
+        if isinstance(proxy, AcceptorNegotiate):
+            _check_mech_list_mic(proxy, inner.negotiated_protocol or "")
+        peer = self._identify(inner, demanded)
+        self.authorization.check(peer)
+        return peer
+
+    def _identify(self, inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+        if isinstance(inner, AcceptorNTLM):
+            if inner.login is None:
+                raise AuthenticationError("the NTLM login was not verified")
+            _check_session_key(inner)
+            account = inner.login.account
+            return _peer("ntlm", int(inner.context_attr), account.principal, account.domain, account.name)
+        if isinstance(inner, AcceptorKerberos):
+            assert inner.ticket is not None
+            check_ticket(inner.ticket, self.kerberos, demanded)
+            return _ticket_peer(inner.ticket)
+        return _native_peer(inner, demanded)
+
+
+def _ticket_peer(ticket: Ticket) -> PeerIdentity:
+    name, _, realm = ticket.client.rpartition("@")
+    peer = _peer("kerberos", ticket.flags, ticket.client, realm, name)
+    return replace(
+        peer,
+        expires_at=peer.authenticated_at + timedelta(seconds=ticket.lifetime),
+        enctype=enctype_name(ticket.enctype),
+        delegated=ticket.delegated,
+        pac=ticket.pac,
+    )
+
+
+def _native_peer(inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+    """What Windows's own SSPI says."""
+    _check_session_key(inner)
     _check_flags(inner, demanded)
     principal = inner.client_principal
     if not principal:
@@ -87,20 +142,28 @@ def check_acceptor(proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
         domain, _, name = principal.partition("\\")
     else:
         name, _, domain = principal.rpartition("@")
-    return _peer(inner, principal, domain, name)
+    return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), principal, domain, name)
 
 
-def check_initiator(proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+def check_initiator(proxy: ContextProxy, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
     """The same for an initiator's context.
 
+    Args:
+      proxy: the context.
+      demanded: what a Kerberos context must provide, besides mutual authentication.
+      allow_rc4: whether a Kerberos session key of RC4-HMAC will do.
+
     Raises:
-      AuthenticationError: see `check_acceptor`.
+      AuthenticationError: the context is not what it calls itself, or is too weak.
     """
     inner = _check_inner(proxy)
+    _check_session_key(inner)
     flags = ntlm_flags(inner)
     if flags is None:
         # Ours asks for mutual authentication, so an acceptor without it is not the one meant.
         _check_flags(inner, demanded | ContextFlag.MUTUAL)
+        if (enctype := kerberos_enctype(inner)) is not None:
+            check_enctype(enctype, allow_rc4)
     else:
         if isinstance(proxy, InitiatorNegotiate) and not proxy.mic_verified:
             # pyspnego takes the acceptor's word that it is done. The MIC proves that it knows the key.
@@ -109,4 +172,4 @@ def check_initiator(proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
         if missing:
             raise AuthenticationError(f"NTLM: the acceptor left out {', '.join(missing)}")
     target = str(proxy.spn or "")
-    return _peer(inner, target, "", target)
+    return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), target, "", target)

@@ -14,7 +14,12 @@ from .._errors import UnsealError
 
 NTLM_TRAILER_SIZE: Final = 16
 
+#: By the number of the encryption type. AES: header, confounder, its copy and the MAC. RC4's token has a pad
+#: byte behind the message besides its 45 bytes in front; cut here, ciphertext and message are equally long.
+KERBEROS_TRAILER_SIZES: Final = {17: 60, 18: 60, 19: 64, 20: 72, 23: 46}
+
 # RFC 4121 4.2.6.2: 05 04 | flags | ff | EC | RRC | sequence number
+_RFC4121_WRAP: Final = b"\x05\x04"
 _RRC: Final = slice(6, 8)
 _WRAP_HEADER_SIZE: Final = 16
 _CONFOUNDER_SIZE: Final = 16
@@ -79,6 +84,9 @@ class GSSWrapSealer:
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """See `Sealer.seal`."""
         token = self._proxy.wrap(message, encrypt=True).data
+        if not token.startswith(_RFC4121_WRAP):
+            # RC4-HMAC: no rotation, and no layout in SSPI's buffers that would be ours to give.
+            return token[: self.trailer_size], token[self.trailer_size :]
         turn = self._rotation
         header = token[: _RRC.start] + turn.to_bytes(2, "big") + token[_RRC.stop : _WRAP_HEADER_SIZE]
         cut = self.trailer_size - _WRAP_HEADER_SIZE - turn

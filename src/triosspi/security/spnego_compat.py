@@ -29,22 +29,27 @@ from spnego._ntlm_raw.md4 import md4
 from spnego._ntlm_raw.messages import NegotiateFlags
 from spnego.channel_bindings import GssChannelBindings
 
-from .._errors import AuthenticationError
+from .._errors import AuthenticationError, printable
+from .identity import PAC
+from .kerberos import Ticket, reason, require_gssapi
 from .names import AccountName
+from .pac import read_logon_info
 
 if TYPE_CHECKING:
     from .ntlm import Login
 
+log = logging.getLogger("triosspi.kerberos")
+
 __all__ = [
     "MECHANISMS",
+    "AcceptorKerberos",
     "AcceptorNTLM",
     "AcceptorNegotiate",
     "GSSMech",
     "InitiatorNegotiate",
     "allow_token_logging",
     "inner_context",
-    "is_gssapi",
-    "kerberos_acceptor",
+    "kerberos_enctype",
     "nt_hash",
     "ntlm_flags",
     "rc4k",
@@ -267,11 +272,112 @@ def ntlm_flags(proxy: ContextProxy) -> int | None:
     return int(proxy._context_attr) if isinstance(proxy, NTLMProxy) else None
 
 
-def kerberos_acceptor(credential: object) -> ContextProxy:
-    """A Kerberos acceptor over python-gssapi, with a credential acquired beforehand."""
-    return GSSAPIProxy(usage="accept", protocol="kerberos", _gssapi_credential=credential)
+# GSS_C_INQ_SSPI_SESSION_KEY: gives the session key, and an OID that ends in its encryption type.
+_SESSION_KEY_OID = "1.2.840.113554.1.2.2.5.5"
 
 
-def is_gssapi(proxy: ContextProxy) -> bool:
-    """Is this a Kerberos context of python-gssapi, rather than native SSPI's?"""
-    return isinstance(proxy, GSSAPIProxy)
+class AcceptorKerberos(GSSAPIProxy):
+    """pyspnego's Kerberos acceptor over python-gssapi, with a step that says what went wrong.
+
+    pyspnego's own step goes through `gssapi.SecurityContext`, which keeps a refusal for later; what
+    surfaces then is an AttributeError.
+
+    Args:
+      credential: from `kerberos.acceptor_credential`; shared by all contexts.
+      channel_bindings: the acceptor's.
+    """
+
+    def __init__(self, credential: object, channel_bindings: GssChannelBindings | None) -> None:
+        super().__init__(
+            usage="accept", protocol="kerberos", channel_bindings=channel_bindings, _gssapi_credential=credential
+        )
+        self._gssapi = require_gssapi()
+        self.ticket: Ticket | None = None
+
+    @property
+    def complete(self) -> bool:
+        """See `ContextProxy.complete`."""
+        return self.ticket is not None
+
+    @property
+    def client_principal(self) -> str | None:
+        """See `ContextProxy.client_principal`."""
+        return None if self.ticket is None else self.ticket.client
+
+    def step(
+        self,
+        in_token: bytes | None = None,
+        *,
+        channel_bindings: GssChannelBindings | None = None,  # noqa: ARG002 - they were given before
+    ) -> bytes | None:
+        """See `ContextProxy.step`.
+
+        Raises:
+          AuthenticationError: the ticket was refused; the text is the library's own reason.
+        """
+        gssapi, raw = self._gssapi, self._gssapi.raw
+        try:
+            accepted = raw.accept_sec_context(in_token, self._credential, channel_bindings=self._raw_bindings())
+        except raw.GSSError as exc:
+            raise AuthenticationError(f"Kerberos: {printable(reason(exc), 200)}") from None
+        if accepted.more_steps:
+            raise AuthenticationError("Kerberos: the client wants more tokens (DCE style, or user to user)")
+        # This takes the context over: `accepted.context` is empty afterwards.
+        self._context = context = gssapi.SecurityContext(base=accepted.context)
+        self._context_attr = flags = int(accepted.flags)
+        self.ticket = Ticket(
+            client=_display(gssapi, accepted.initiator_name),
+            service=_display(gssapi, _target_name(raw, context)),
+            flags=flags,
+            lifetime=accepted.lifetime,
+            enctype=_enctype(gssapi, context),
+            delegated=accepted.delegated_creds is not None,
+            pac=_read_pac(raw, accepted.initiator_name),
+        )
+        token: bytes | None = accepted.token
+        return token
+
+    def _raw_bindings(self) -> Any:
+        if self.channel_bindings is None:
+            return None
+        return self._gssapi.raw.ChannelBindings(application_data=self.channel_bindings.application_data)
+
+
+def _enctype(gssapi: Any, context: Any) -> int:
+    """The encryption type of a context's session key."""
+    oid = gssapi.raw.inquire_sec_context_by_oid(context, gssapi.OID.from_int_seq(_SESSION_KEY_OID))[1]
+    return int(gssapi.OID(elements=oid).dotted_form.rpartition(".")[2])
+
+
+def kerberos_enctype(proxy: ContextProxy) -> int | None:
+    """The encryption type of a finished Kerberos context; None where it is the system's own."""
+    if isinstance(proxy, AcceptorKerberos) and proxy.ticket is not None:
+        return proxy.ticket.enctype
+    return _enctype(require_gssapi(), proxy._context) if isinstance(proxy, GSSAPIProxy) else None
+
+
+def _display(gssapi: Any, name: Any) -> str:
+    # The library's text may end in the NUL of its own strings.
+    return str(gssapi.Name(base=name)).rstrip("\0")
+
+
+def _target_name(raw: Any, context: Any) -> Any:
+    # `context.target_name` asks the same, through wrappers that take ten times as long.
+    nothing_else = dict.fromkeys(("initiator_name", "lifetime", "mech", "flags", "locally_init", "complete"), False)
+    return raw.inquire_context(context, target_name=True, **nothing_else).target_name
+
+
+def _read_pac(raw: Any, name: Any) -> PAC | None:
+    """The PAC of a client's name, if it has one that the library has verified."""
+    try:
+        attribute = raw.get_name_attribute(name, b"urn:mspac:logon-info")
+    except raw.GSSError:
+        return None
+    if not (attribute.authenticated and attribute.values):
+        return None
+    try:
+        return read_logon_info(attribute.values[0])
+    except AuthenticationError as exc:
+        # Who needs groups refuses whoever has none.
+        log.warning("Kerberos: %s; it is ignored", exc)
+        return None

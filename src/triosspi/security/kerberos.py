@@ -1,0 +1,186 @@
+"""Kerberos: what is demanded of an accepted ticket, and errors in words.
+
+python-gssapi is optional, so it is imported where it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from .._errors import AuthenticationError, ConfigurationError, printable
+from .identity import PAC, ContextFlag
+from .names import simple_upper
+
+_KERBEROS_OID: Final = "1.2.840.113554.1.2.2"
+
+#: Encryption types of RFC 3962 and RFC 8009: AES. Numbers are IANA's.
+AES_ENCTYPES: Final = {
+    17: "aes128-cts-hmac-sha1-96",
+    18: "aes256-cts-hmac-sha1-96",
+    19: "aes128-cts-hmac-sha256-128",
+    20: "aes256-cts-hmac-sha384-192",
+}
+#: RFC 4757, with a layout of its own and MD5: only where it is asked for.
+RC4_ENCTYPE: Final = 23
+
+# GSS_C_CHANNEL_BOUND_FLAG: the initiator has sent channel bindings too, and they are the acceptor's.
+_CHANNEL_BOUND: Final = 0x800
+_DCE_STYLE: Final = 0x1000
+
+# KRB5KRB_AP_ERR_BAD_INTEGRITY.
+_BAD_INTEGRITY: Final = -1765328353
+
+# What MIT's minor status says where there is none, which is of no use to anybody.
+_NO_REASON: Final = ("Success", "Unknown error", "No error")
+
+
+def require_gssapi() -> Any:
+    """python-gssapi.
+
+    Raises:
+      ConfigurationError: it is not installed, or pykrb5, which pyspnego wants beside it, is not.
+    """
+    try:
+        import gssapi  # noqa: PLC0415 - see the head of the file
+        import krb5  # noqa: F401, PLC0415
+    except ImportError:
+        raise ConfigurationError("Kerberos needs python-gssapi and krb5: pip install 'triosspi[kerberos]'") from None
+    return gssapi
+
+
+def acceptor_credential(keytab: str | None) -> object:
+    """The service's keys, for any number of contexts; the file is read again on each login.
+
+    Args:
+      keytab: as ``FILE:/etc/krb5.keytab``; None is what the environment's KRB5_KTNAME or krb5.conf names.
+
+    Raises:
+      ConfigurationError: there are none, or python-gssapi is not installed.
+    """
+    gssapi = require_gssapi()
+    store = None if keytab is None else {"keytab": keytab}
+    try:
+        return gssapi.Credentials(usage="accept", mechs=[gssapi.OID.from_int_seq(_KERBEROS_OID)], store=store)
+    except gssapi.exceptions.GSSError as exc:
+        where = keytab or "the default keytab"
+        raise ConfigurationError(f"no Kerberos keys in {where}: {reason(exc)}") from None
+
+
+def reason(exc: BaseException) -> str:
+    """What a Kerberos library says went wrong, without what a GSS-API status wraps around it."""
+    if getattr(exc, "err_code", None) == _BAD_INTEGRITY:
+        # Without pre-authentication the KDC answers anybody; that the password is wrong shows only here.
+        return "Password incorrect (the KDC's answer does not decrypt with it)"
+    messages = []
+    maj_code, min_code = getattr(exc, "maj_code", None), getattr(exc, "min_code", None)
+    if maj_code is not None and min_code is not None:
+        for code, is_major in ((min_code, False), (maj_code, True)):
+            messages += exc.get_all_statuses(code, is_major)  # type: ignore[attr-defined]
+    for message in messages:
+        if message and not message.startswith(_NO_REASON):
+            return str(message)
+    return str(exc)
+
+
+def root_reason(exc: BaseException) -> str | None:
+    """The same for an exception of pyspnego's, if a Kerberos library is behind it."""
+    seen: set[int] = set()
+    current: BaseException | None = exc
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        module = type(current).__module__.partition(".")[0]
+        if module in {"gssapi", "krb5"}:
+            return reason(current)
+        current = getattr(current, "base_error", None) or current.__cause__ or current.__context__
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What accepting an AP-REQ has found.
+
+    Attributes:
+      client: the client's principal, ``alice@REALM``.
+      service: the service's principal that the ticket is for, ``host/server.example@REALM``.
+      flags: GSS-API's flags, as bits.
+      lifetime: seconds that the context may still live, the library's clock skew included.
+      enctype: the number of the session key's encryption type.
+      delegated: whether the client has delegated its credentials.
+      pac: what the ticket's PAC says, if it has one.
+    """
+
+    client: str
+    service: str
+    flags: int
+    lifetime: int
+    enctype: int
+    delegated: bool
+    pac: PAC | None
+
+
+@dataclass(frozen=True, slots=True)
+class KerberosPolicy:
+    """What is demanded of a ticket beyond that it decrypts.
+
+    Attributes:
+      spns: names of this service, upper-cased, of which the ticket must be for one; empty is any name
+          in the keytab.
+      channel_bound: whether the client must have sent our channel bindings. GSS-API refuses others,
+          but completes where the client sent none.
+      allow_rc4: whether RC4-HMAC will do.
+    """
+
+    spns: frozenset[str] = frozenset()
+    channel_bound: bool = False
+    allow_rc4: bool = False
+
+
+def check(ticket: Ticket, policy: KerberosPolicy, demanded: ContextFlag) -> None:
+    """Decide whether an accepted ticket is enough.
+
+    Raises:
+      AuthenticationError: it is not.
+    """
+    who = printable(ticket.client)
+    if ticket.flags & _DCE_STYLE:
+        raise AuthenticationError(f"Kerberos: {who} asks for DCE style")
+    missing = demanded & ~ContextFlag(ticket.flags & int(demanded))
+    if missing:
+        names = ", ".join(str(flag.name) for flag in missing)
+        raise AuthenticationError(f"Kerberos: the context of {who} lacks {names}")
+    if policy.channel_bound and not ticket.flags & _CHANNEL_BOUND:
+        raise AuthenticationError(f"Kerberos: {who} sent no channel bindings")
+    check_enctype(ticket.enctype, policy.allow_rc4)
+    name = ticket.service.rpartition("@")[0]
+    if policy.spns and simple_upper(name) not in policy.spns:
+        raise AuthenticationError(f"Kerberos: {who} has a ticket for {printable(name)}, not for this service")
+
+
+def check_enctype(number: int, allow_rc4: bool) -> None:
+    """Decide whether a session key is strong enough.
+
+    Raises:
+      AuthenticationError: it is not.
+    """
+    if number not in AES_ENCTYPES and not (allow_rc4 and number == RC4_ENCTYPE):
+        raise AuthenticationError(f"Kerberos: the session key has encryption type {number}, not AES")
+
+
+def enctype_name(number: int) -> str:
+    """The name of an encryption type as krb5.conf writes it."""
+    return AES_ENCTYPES.get(number, "arcfour-hmac" if number == RC4_ENCTYPE else f"enctype {number}")
+
+
+def folded_spns(spns: Iterable[str]) -> frozenset[str]:
+    """SPNs in the form that `KerberosPolicy` compares.
+
+    Raises:
+      ConfigurationError: one is not of the form ``host/server.example``.
+    """
+    for spn in spns:
+        service, slash, host = spn.partition("/")
+        if not (service and slash and host) or "@" in spn:
+            raise ConfigurationError(f"{spn!r} is no SPN: write it as 'host/server.example', without a realm")
+    return frozenset(map(simple_upper, spns))
