@@ -1,10 +1,11 @@
-"""What a login costs the acceptor: triosspi against a bare `spnego.server()`, NTLM, by number of accounts.
+"""What a login costs the acceptor: triosspi against a bare `spnego.server()`.
 
     python bench/bench_handshake.py [--quick]
 
 Microseconds of the acceptor's own CPU per login, construction and steps, without I/O; the client's part is not counted.
 Each number is the median of interleaved repeats, in brackets their spread (half the distance between the quartiles, as
-a share of the median).
+a share of the median). NTLM by the number of accounts; Kerberos with an MIT KDC where one can be started (see
+tests/peers), replay cache on for both.
 
 To see where the time goes:
 
@@ -18,18 +19,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import spnego
 
 from measure import describe, interleaved, machine, versions
+from realm import kerberos
 from triosspi import Acceptor, AccountFile, Initiator
 from triosspi.security.context import SecurityContext
 from triosspi.security.spnego_compat import nt_hash
 
 PASSWORD = "correct horse battery staple"
 HASH_LINE = "{}:65534:" + "0" * 32 + ":{}:[U          ]:LCT-65000000\n"
+# A scan of 100,000 lines takes the bare acceptor a quarter of a second.
+MANY = 10_000
 
 
 def write_accounts(folder: Path, number: int) -> Path:
@@ -44,9 +49,10 @@ def write_accounts(folder: Path, number: int) -> Path:
     return path
 
 
-def time_logins(
-    new_acceptor: Callable[[], SecurityContext | spnego.ContextProxy], initiator: Initiator, logins: int
-) -> float:
+NewAcceptor = Callable[[], SecurityContext | spnego.ContextProxy]
+
+
+def time_logins(new_acceptor: NewAcceptor, initiator: Initiator, logins: int) -> float:
     """Microseconds of CPU per login, of the acceptor's side alone."""
     spent = 0.0
     for _ in range(logins):
@@ -64,16 +70,75 @@ def time_logins(
     return spent / logins * 1e6
 
 
-def stock(path: Path) -> Callable[[], spnego.ContextProxy]:
+def stock(variable: str, value: str) -> NewAcceptor:
+    """Bare pyspnego, which takes its accounts and keys from the environment."""
+
     def new() -> spnego.ContextProxy:
-        os.environ["NTLM_USER_FILE"] = str(path)
+        os.environ[variable] = value
         return spnego.server(protocol="negotiate", options=spnego.NegotiateOptions.use_negotiate)
 
     return new
 
 
+@dataclass
+class Row:
+    """One line of the table: one kind of login, by both."""
+
+    name: str
+    initiator: Initiator
+    stock: NewAcceptor
+    ours: NewAcceptor
+    stock_logins: int
+    logins: int
+
+
+def ntlm_rows(folder: Path, numbers: tuple[int, ...], logins: int) -> list[Row]:
+    rows = []
+    for number in numbers:
+        path = write_accounts(folder, number)
+        start = time.thread_time()
+        acceptor = Acceptor(accounts=AccountFile(path))
+        if number == max(numbers):
+            print(f"loading {number} accounts: {time.thread_time() - start:.2f} s of CPU")
+        for form in ("SPNEGO", "raw"):
+            initiator = Initiator(username="DOM\\alice", password=PASSWORD, mechanism="ntlm", raw=form == "raw")
+            few = max(2, logins // 20) if number > MANY else logins
+            name = f"NTLM, {form}, {number} accounts"
+            rows.append(Row(name, initiator, stock("NTLM_USER_FILE", str(path)), acceptor.new_context, few, logins))
+    return sorted(rows, key=lambda row: row.name.split(", ")[1])
+
+
+def kerberos_rows(keytab: str, target: str, logins: int) -> list[Row]:
+    acceptor = Acceptor(keytab=keytab)
+    bare = stock("KRB5_KTNAME", keytab)
+    rows = []
+    for form in ("SPNEGO", "raw"):
+        initiator = Initiator(mechanism="kerberos", target=target, raw=form == "raw")
+        rows.append(Row(f"Kerberos, {form}", initiator, bare, acceptor.new_context, logins, logins))
+    return rows
+
+
+def measure(rows: list[Row], repeats: int, only: str | None) -> None:
+    print(f"\n{'us of acceptor CPU per login':32}{'spnego.server()':>18}{'triosspi':>18}{'ratio':>8}")
+    for row in rows:
+        runs: dict[str, Callable[[], float]] = {}
+        if only != "triosspi":
+            runs["spnego"] = partial(time_logins, row.stock, row.initiator, row.stock_logins)
+        if only != "spnego":
+            runs["triosspi"] = partial(time_logins, row.ours, row.initiator, row.logins)
+        for run in runs.values():
+            run()  # warm
+        samples = interleaved(runs, repeats)
+        line = f"{row.name:32}" + "".join(
+            f"{describe(samples[name]) if name in samples else '-':>18}" for name in ("spnego", "triosspi")
+        )
+        if len(samples) == 2:
+            line += f"{statistics.median(samples['triosspi']) / statistics.median(samples['spnego']):8.2f}"
+        print(line, flush=True)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the acceptor's cost of an NTLM login")
+    parser = argparse.ArgumentParser(description="the acceptor's cost of a login")
     parser.add_argument("--quick", action="store_true", help="fewer accounts, fewer logins")
     parser.add_argument("--repeats", type=int, default=7, help="interleaved repeats, at least 5 (default: 7)")
     parser.add_argument("--only", choices=["triosspi", "spnego"], help="run one of the two, for a profiler")
@@ -84,39 +149,11 @@ def main() -> None:
 
     print(f"machine: {machine()}")
     print(f"{versions('triosspi', 'pyspnego')}; {repeats} interleaved repeats of {logins} logins")
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {number: write_accounts(Path(folder), number) for number in numbers}
-        acceptors = {}
-        for number, path in paths.items():
-            start = time.thread_time()
-            acceptors[number] = Acceptor(accounts=AccountFile(path))
-            if number == max(numbers):
-                print(f"loading {number} accounts: {time.thread_time() - start:.2f} s of CPU")
-        print(
-            f"\n{'us of acceptor CPU per login':32}{'accounts':>10}{'spnego.server()':>18}{'triosspi':>18}{'ratio':>8}"
-        )
-        for form in ("SPNEGO", "raw NTLM"):
-            initiator = Initiator(username="DOM\\alice", password=PASSWORD, mechanism="ntlm", raw=form == "raw NTLM")
-            runs: dict[str, Callable[[], float]] = {}
-            for number in numbers:
-                # A scan of 100,000 lines takes the bare acceptor tens of milliseconds.
-                bare = max(2, logins // 20) if number > 10_000 else logins
-                if options.only != "triosspi":
-                    runs[f"spnego {number}"] = partial(time_logins, stock(paths[number]), initiator, bare)
-                if options.only != "spnego":
-                    runs[f"triosspi {number}"] = partial(time_logins, acceptors[number].new_context, initiator, logins)
-            for run in runs.values():
-                run()  # warm
-            samples = interleaved(runs, repeats)
-            for number in numbers:
-                both = [samples.get(f"{name} {number}") for name in ("spnego", "triosspi")]
-                line = f"{form:32}{number:10}" + "".join(f"{describe(s) if s else '-':>18}" for s in both)
-                if all(both):
-                    line += f"{statistics.median(both[1] or []) / statistics.median(both[0] or []):8.2f}"
-                print(line, flush=True)
-            if options.only != "spnego":
-                medians = [statistics.median(samples[f"triosspi {number}"]) for number in numbers]
-                print(f"{form}, triosspi: {numbers[-1]} accounts cost {medians[-1] / medians[0]:.2f} times one")
+    with tempfile.TemporaryDirectory() as folder, kerberos() as service:
+        rows = ntlm_rows(Path(folder), numbers, logins)
+        if service is not None:
+            rows += kerberos_rows(*service, logins)
+        measure(rows, repeats, options.only)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def test_every_option_of_the_synopsis_exists_and_takes_the_values_shown(line: st
             if isinstance(parameter, click.Option)
             for name in parameter.opts
         }
-        for name, values in re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)(?: ([a-z]+(?:\|[a-z]+)+))?", line):
+        for name, values in re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?: ([a-z]+(?:\|[a-z]+)+))?", line):
             assert name in options, (command.name, name)
             if values:
                 choices = options[name].type

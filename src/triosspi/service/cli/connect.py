@@ -26,6 +26,8 @@ from .passwords import InputLines, decode_password, prompt_password, read_passwo
 @click.option("--user", metavar=r"'DOM\name'", help="Who to log in as. [default: the system's own credentials]")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Its first line is the password.")
 @click.option("--password-stdin", is_flag=True, help="Standard input's first line is the password.")
+@click.option("--ccache", help="A Kerberos credential cache. [default: KRB5CCNAME]")
+@click.option("--keytab", help="A keytab with the user's Kerberos key.")
 @click.option("--target", metavar="host/server", help="The service's SPN. [default: host/HOST]")
 @click.option("--mechanism", type=MECHANISMS, default="negotiate", show_default=True, help="How to log in.")
 @click.option("--message", "messages", multiple=True, help="What to send (framed); may be repeated. [default: stdin]")
@@ -39,6 +41,8 @@ def connect(
     user: str | None,
     password_file: Path | None,
     password_stdin: bool,
+    ccache: str | None,
+    keytab: str | None,
     target: str | None,
     mechanism: Any,
     messages: tuple[str, ...],
@@ -50,7 +54,8 @@ def connect(
     each line of standard input that is not empty, is sent, and the reply to it printed.
 
     The password comes from --password-file, --password-stdin, the environment's TRIOSSPI_PASSWORD or a
-    prompt: never from the command line, which other users of the machine can read.
+    prompt: never from the command line, which other users of the machine can read. --ccache and --keytab
+    log in by Kerberos without one; so does no --user at all, with the ticket that you have.
     """
     host, port = parse_address(address, DEFAULT_PORT)
     if messages and wire == WireFormat.SAMPLE.value:
@@ -58,11 +63,16 @@ def connect(
     read_line = InputLines()
     to_send = [message_bytes(message) for message in messages]
     password = None
-    if user is not None:
+    if ccache is not None or keytab is not None:
+        if password_file is not None or password_stdin:
+            raise click.UsageError("--ccache and --keytab take the place of a password")
+    elif user is not None:
         password = _find_password(user, password_file, password_stdin, read_line)
     elif password_file is not None or password_stdin:
         raise click.UsageError("a password needs --user")
-    initiator = Initiator(username=user, password=password, target=target, mechanism=mechanism)
+    initiator = Initiator(
+        username=user, password=password, ccache=ccache, keytab=keytab, target=target, mechanism=mechanism
+    )
     options = ConnectOptions(
         host=host,
         port=port,

@@ -34,10 +34,16 @@ _REQUIRE_TARGET = click.Choice(["off", "allow", "require"])
 @click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one.")
 @click.option("--wire", type=WIRES, default=WireFormat.SAMPLE.value, show_default=True, help="The wire format.")
 @click.option("--accounts", type=click.Path(path_type=Path), help="Who may log in by NTLM; see 'triosspi accounts'.")
+@click.option("--keytab", help="The service's Kerberos keys. [default: KRB5_KTNAME]")
+@click.option("--spn", "spns", multiple=True, metavar="host/server", help="Refuse tickets for other names.")
+@click.option("--allow-rc4", is_flag=True, help="Admit Kerberos session keys of RC4-HMAC.")
 @click.option("--mechanisms", type=MECHANISMS, default="negotiate", show_default=True, help="What clients may use.")
 @click.option("--allow-missing-mic", is_flag=True, help="Admit NTLM clients without a MIC (gss-ntlmssp alone).")
 @click.option("--target-name", "target_names", multiple=True, metavar="SPN", help="A name of this service.")
 @click.option("--require-target", type=_REQUIRE_TARGET, default="off", show_default=True, help="See below.")
+@click.option("--allow", multiple=True, metavar="WHO", help="Who may come in; see below. [default: all who log in]")
+@click.option("--deny", multiple=True, metavar="WHO", help="Who may not; wins over --allow.")
+@click.option("--require-group", "groups", multiple=True, metavar="SID", help="What a client's PAC must have.")
 @click.option("--message", help="What greet sends. [default: the sample's message]")
 @click.option("--once", is_flag=True, help="End after the first connection.")
 @click.option("-v", "--verbose", is_flag=True, help="Print the sample server's own transcript.")
@@ -49,10 +55,16 @@ def serve(
     port: int,
     wire: str,
     accounts: Path | None,
+    keytab: str | None,
+    spns: tuple[str, ...],
+    allow_rc4: bool,
     mechanisms: str,
     allow_missing_mic: bool,
     target_names: tuple[str, ...],
     require_target: Any,
+    allow: tuple[str, ...],
+    deny: tuple[str, ...],
+    groups: tuple[str, ...],
     message: str | None,
     once: bool,
     verbose: bool,
@@ -64,30 +76,40 @@ def serve(
     every message back; the default with --wire framed), or 'module:function', an async function that
     takes the channel.
 
-    Without --accounts there is one demo account, made up for this run. Kerberos is accepted where the
-    environment names a keytab (KRB5_KTNAME).
+    --accounts admits NTLM, --keytab (or a keytab that KRB5_KTNAME names) Kerberos; with neither, there is
+    one demo account, made up for this run.
 
     --require-target guards against NTLM logins relayed from another service: 'allow' refuses a client
     that names another service than a --target-name, 'require' also one that names none.
+
+    WHO is a principal ('alice@REALM', 'DOM\alice'), everybody of a realm or domain ('*@REALM', 'DOM\*'),
+    or a SID of a user or group in Active Directory.
     """
     log_to_stderr()
     if dump_tokens:
         allow_token_logging()
         click.echo("triosspi: --dump-tokens: whoever reads this output can try passwords against it", err=True)
+    keytab = keytab or os.environ.get("KRB5_KTNAME")
     demo = None
     source: AccountSource | None = None
     if accounts is not None:
         source = AccountFile(accounts)
-    elif sys.platform != "win32" and (mechanisms == "ntlm" or (mechanisms == "negotiate" and not _default_keytab())):
+    elif sys.platform != "win32" and (mechanisms == "ntlm" or (mechanisms == "negotiate" and not keytab)):
         demo = DemoAccount.make()
         source = demo.table()
     options = ServeOptions(
         handler=_choose_app(app, wire, message),
         acceptor=_make_acceptor(
             source,
+            keytab,
             mechanisms,
+            spns=spns,
+            allow_rc4=allow_rc4,
+            allow=allow or None,
+            deny=deny,
+            require_groups=groups,
             require_mic=not allow_missing_mic,
-            target_names=frozenset(target_names),
+            target_names=target_names,
             require_target=require_target,
         ),
         wire=WireFormat(wire),
@@ -103,19 +125,15 @@ def serve(
     return 0 if served else 1
 
 
-def _default_keytab() -> str | None:
-    return os.environ.get("KRB5_KTNAME")
-
-
-def _make_acceptor(source: AccountSource | None, mechanisms: str, **policy: Any) -> Acceptor:
+def _make_acceptor(source: AccountSource | None, keytab: str | None, mechanisms: str, **policy: Any) -> Acceptor:
     if sys.platform == "win32":  # pragma: no cover - not reachable elsewhere
         # Which says that there are no account files here, where one was given.
         return Acceptor(accounts=source, mechanisms=None if mechanisms == "negotiate" else (mechanisms,), **policy)
     if mechanisms == "negotiate":
-        return Acceptor(accounts=source, keytab=_default_keytab(), **policy)
+        return Acceptor(accounts=source, keytab=keytab, **policy)
     if mechanisms == "ntlm":
         return Acceptor(accounts=source, mechanisms=("ntlm",), **policy)
-    return Acceptor(keytab=_default_keytab(), mechanisms=("kerberos",), **policy)
+    return Acceptor(keytab=keytab, mechanisms=("kerberos",), **policy)
 
 
 def _choose_app(app: str | None, wire: str, message: str | None) -> Handler:
