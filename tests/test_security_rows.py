@@ -206,6 +206,12 @@ def test_a_mic_stands_at_64_where_there_is_no_version_field(connect: Connect) ->
     assert log_in(connect(), Client(version_field=False)) == "DOM\\alice"
 
 
+@pytest.mark.parametrize("size", [48, 80])
+def test_a_single_host_pair_of_any_length_passes(connect: Connect, size: int) -> None:
+    # Windows 11 from build 26200 on sends 80 bytes where it were 48.
+    assert log_in(connect(), Client(extra_pairs=[(8, bytes(size))])) == "DOM\\alice"
+
+
 # A to A3b: SPNEGO's own word
 
 
