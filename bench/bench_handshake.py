@@ -118,7 +118,9 @@ def kerberos_rows(keytab: str, target: str, logins: int) -> list[Row]:
     return rows
 
 
-def measure(rows: list[Row], repeats: int, only: str | None) -> None:
+def measure(rows: list[Row], repeats: int, only: str | None) -> dict[str, float]:
+    """Print the table; returns our medians."""
+    ours = {}
     print(f"\n{'us of acceptor CPU per login':32}{'spnego.server()':>18}{'triosspi':>18}{'ratio':>8}")
     for row in rows:
         runs: dict[str, Callable[[], float]] = {}
@@ -135,6 +137,9 @@ def measure(rows: list[Row], repeats: int, only: str | None) -> None:
         if len(samples) == 2:
             line += f"{statistics.median(samples['triosspi']) / statistics.median(samples['spnego']):8.2f}"
         print(line, flush=True)
+        if "triosspi" in samples:
+            ours[row.name] = statistics.median(samples["triosspi"])
+    return ours
 
 
 def main() -> None:
@@ -153,7 +158,10 @@ def main() -> None:
         rows = ntlm_rows(Path(folder), numbers, logins)
         if service is not None:
             rows += kerberos_rows(*service, logins)
-        measure(rows, repeats, options.only)
+        ours = measure(rows, repeats, options.only)
+        for form in ("SPNEGO", "raw") if ours else ():
+            few, many = (ours[f"NTLM, {form}, {number} accounts"] for number in (numbers[0], numbers[-1]))
+            print(f"NTLM, {form}: {numbers[-1]} accounts cost a login {many / few:.2f} times what one does")
 
 
 if __name__ == "__main__":

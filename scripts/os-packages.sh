@@ -7,9 +7,9 @@
 #
 # Whether something is missing is decided by trying the thing itself, not by asking the package database: a compiler or
 # a Python that did not come from a package is as good. To add a need, write a probe and name it, with its Debian
-# package, in one of the two lists: as a `need`, or as a `want`, which some tests are skipped without, or as an `offer`,
-# which is a want that this script leaves alone where installing it would start servers. In CI (the variable CI is set)
-# what is wanted or offered is needed.
+# package, in one of the two lists: as a `need`, or as a `want`, without which some tests are skipped or sealing is slow, or
+# as an `offer`, which is a want that this script leaves alone where installing it would start servers. In CI (the
+# variable CI is set) what is wanted or offered is needed.
 set -eu
 
 python=${PYTHON:-python3}
@@ -33,6 +33,11 @@ probe_libc_headers() {
 }
 probe_python_headers() {
     headers=$(python_prints 'import sysconfig; print(sysconfig.get_path("include"))') && [ -f "$headers/Python.h" ]
+}
+# For the sealing extension, which is left out otherwise.
+probe_openssl_headers() {
+    printf '#include <openssl/evp.h>\n#if OPENSSL_VERSION_NUMBER < 0x30000000L\n#error\n#endif\n' |
+        $(compiler) -E - >/dev/null 2>&1
 }
 # Programs of the tests' peers; some are installed where only root looks.
 have_daemon() { (PATH="$PATH:/usr/sbin:/usr/local/sbin" && have "$1"); }
@@ -64,6 +69,8 @@ serve_needs() {
     need probe_compiler gcc
     need probe_libc_headers libc6-dev
     need probe_python_headers "python$version-dev"
+    # Sealing is many times slower without.
+    want probe_openssl_headers libssl-dev
 }
 
 test_needs() {
@@ -127,7 +134,7 @@ if have apt-get && [ "$(id -u)" -eq 0 ]; then
     wanted=
     offered=
     "$needs"
-    [ -z "$wanted" ] || echo "some tests will be skipped, for want of:$wanted" >&2
+    [ -z "$wanted" ] || echo "some tests will be skipped, or sealing is slow, for want of:$wanted" >&2
     [ -n "$missing" ] || exit 0
     echo "still missing after apt-get installed them:$missing" >&2
     echo "($python is perhaps not the system's own: give it its headers and venv, or choose another with PYTHON=...)" >&2
@@ -135,7 +142,7 @@ if have apt-get && [ "$(id -u)" -eq 0 ]; then
 fi
 
 [ -z "$missing" ] || echo "missing on this system:$missing" >&2
-[ -z "$wanted" ] || echo "some tests will be skipped, for want of:$wanted" >&2
+[ -z "$wanted" ] || echo "some tests will be skipped, or sealing is slow, for want of:$wanted" >&2
 if have apt-get; then
     echo "install them with:" >&2
     echo "    sudo apt-get update && sudo apt-get install --no-install-recommends$missing$wanted" >&2

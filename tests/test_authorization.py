@@ -70,6 +70,8 @@ NOBODYS_NTLM = peer("alice")
         (ALICE_MIT, {"allow": ["alice@MIT.TEST"], "deny": ["*@MIT.TEST"]}, False),
         (ALICE_AD, {"allow": [USERS], "deny": [USERS]}, False),
         (ALICE_AD, {"deny": [ADMINS]}, True),
+        (ALICE_MIT, {"deny": [ADMINS]}, False),
+        (ALICE_NTLM, {"deny": [ADMINS]}, False),
         (ALICE_NTLM, {"allow": ["DOM\\alice"], "deny": ["DOM\\*"]}, False),
         # groups demanded
         (ALICE_AD, {"require_groups": [USERS]}, True),

@@ -290,15 +290,10 @@ def test_a_second_first_token_does_not_start_anew() -> None:
     assert outcome(session, neg_token_resp(token=client.authenticate(challenge))) == "refused"
 
 
-def test_an_endless_exchange_ends_after_ten_tokens() -> None:
+def test_an_exchange_that_goes_nowhere_ends_at_once() -> None:
     session = Session(acceptor(), WireFormat.FRAMED)
     say(session, neg_token_init(None, OID_NTLM))
-    rounds = 1
-    with pytest.raises(AuthenticationError, match="no end after 10 tokens"):
-        while rounds < 20:
-            say(session, neg_token_resp(state=1))
-            rounds += 1
-    assert rounds == 10
+    assert outcome(session, neg_token_resp(state=1)) == "refused"
 
 
 def test_mutants_of_a_sealed_record_never_open() -> None:

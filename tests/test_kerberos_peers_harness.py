@@ -6,9 +6,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
+import subprocess
+import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,12 +28,14 @@ from peers.kerberos import (
     Key,
     LineAcceptor,
     LineContext,
+    Login,
     StepError,
     read_keytab,
     write_keytab,
 )
 from peers.kerberos.fixtures import MitKdc, SambaKdc, each_with_its_kdcs, kdc, mit_kdc, samba_kdc  # noqa: F401 - the same
 from peers.kerberos.kinds import HEIMDAL_RAW, HEIMDAL_SPNEGO, MIT_RAW, MIT_SPNEGO, PYTHON_GSSAPI_RAW
+from peers.kerberos.samba import available as samba_available
 from peers.requirements import require
 
 # What a Windows trailer is in size, by enctype; RC4's has no defined layout.
@@ -61,6 +69,19 @@ def shake(initiator: LineContext, acceptor: LineAcceptor) -> list[bytes]:
     raise PeerError("they talk past each other")
 
 
+@contextmanager
+def logged_in(peer: KerberosPeerKind, login: Login, kdc: Kdc) -> Iterator[tuple[LineContext, LineAcceptor]]:
+    """Initiator and acceptor, who have shaken hands."""
+    with ExitStack() as stack:
+
+        def attempt(initiator: LineContext) -> LineAcceptor:
+            acceptor = stack.enter_context(closing(acceptor_for(peer).new(kdc, layout=login.layout)))
+            shake(initiator, acceptor)
+            return acceptor
+
+        yield stack.enter_context(peer.logged_in(login, attempt))
+
+
 def assert_seals(initiator: LineContext, acceptor: LineContext) -> None:
     for size in (0, 1, 15, 16, 17, 4096, 70_000):
         message = os.urandom(size)
@@ -72,10 +93,7 @@ def assert_seals(initiator: LineContext, acceptor: LineContext) -> None:
 def test_every_initiator_logs_in_and_seals_both_ways(peer: KerberosPeerKind, kdc: Kdc) -> None:
     require(peer)
     for layout in peer.layouts:
-        login = kdc.login("aes256", layout=layout)
-        acceptor_kind = acceptor_for(peer)
-        with closing(peer.new(login)) as initiator, closing(acceptor_kind.new(kdc, layout=layout)) as acceptor:
-            shake(initiator, acceptor)
+        with logged_in(peer, kdc.login("aes256", layout=layout), kdc) as (initiator, acceptor):
             assert acceptor.client == f"alice@{kdc.realm}"
             assert acceptor.info().target == kdc.services["aes256"].principal
             assert acceptor.info().flags & (MUTUAL | CONF) == MUTUAL | CONF
@@ -123,9 +141,7 @@ def test_the_service_decides_which_enctype_protects_the_messages(peer: KerberosP
 def test_by_password_the_initiator_fetches_its_own_ticket(peer: KerberosPeerKind, kdc: Kdc) -> None:
     require(peer)
     login = kdc.login("aes256", user="bob", password=True, layout=peer.layouts[-1])
-    acceptor_kind = acceptor_for(peer)
-    with closing(peer.new(login)) as initiator, closing(acceptor_kind.new(kdc, layout=login.layout)) as acceptor:
-        shake(initiator, acceptor)
+    with logged_in(peer, login, kdc) as (_, acceptor):
         assert acceptor.client == f"bob@{kdc.realm}"
 
 
@@ -242,6 +258,36 @@ def test_the_domain_tells_the_sids_of_its_users_and_groups(samba_kdc: SambaKdc) 
     assert domain.startswith("S-1-5-21-")
     assert all(sid.rpartition("-")[0] == domain for sid in samba_kdc.sids.values())
     samba_kdc.sids["domain"] = domain
+
+
+def test_processes_share_the_domain_and_the_last_ends_it(tmp_path: Path) -> None:
+    require(SimpleNamespace(available=samba_available))
+    join_it = "import sys; from peers.kerberos.samba import SambaKdc; kdc = SambaKdc(Path(sys.argv[1])); "
+    program = [
+        sys.executable,
+        "-c",
+        f"from pathlib import Path; {join_it}print(kdc.port, kdc.sids); input(); kdc.stop()",
+    ]
+    with ExitStack() as stack:
+        users = [
+            stack.enter_context(
+                subprocess.Popen([*program, tmp_path], stdin=PIPE, stdout=PIPE, cwd=Path(__file__).parent)
+            )
+            for _ in range(2)
+        ]
+        lines = set()
+        for user in users:
+            assert user.stdout is not None
+            lines.add(user.stdout.readline())
+        assert len(lines) == 1
+        port = int(lines.pop().split()[0])
+        for user in users:
+            socket.create_connection(("127.0.0.1", port)).close()
+            user.communicate(b"\n")
+            assert user.returncode == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    assert not (tmp_path / "samba.json").exists()
 
 
 def test_a_keytab_is_read_as_it_was_written(tmp_path: Path) -> None:

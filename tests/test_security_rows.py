@@ -42,6 +42,7 @@ from triosspi import (
     Acceptor,
     Account,
     AuthenticationError,
+    Initiator,
     RemoteProtocolError,
     SSPIChannel,
     WireFormat,
@@ -530,14 +531,19 @@ def test_row_o_no_token_is_logged_at_debug_unless_asked_for(caplog: pytest.LogCa
     from triosspi.security.spnego_compat import allow_token_logging
 
     caplog.set_level(logging.DEBUG)
-    log_in_by_spnego(SessionTalk(Acceptor(accounts=accounts())), Client())
+
+    def begin() -> None:
+        log_in_by_spnego(SessionTalk(Acceptor(accounts=accounts())), Client())
+        Initiator(username="alice", password="secret", mechanism="ntlm").new_context().step(None)
+
+    begin()
     assert "TlRMTVNTUA" not in caplog.text  # "NTLMSSP" in base64
     allow_token_logging()
     try:
-        log_in_by_spnego(SessionTalk(Acceptor(accounts=accounts())), Client())
+        begin()
     finally:
         allow_token_logging(False)
-    assert " step input: " in caplog.text
+    assert "SPNEGO step output: " in caplog.text
 
 
 # N: the environment and its file

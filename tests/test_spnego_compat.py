@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import spnego
-from spnego._context import ContextProxy, ContextReq, GSSMech
+from spnego._context import ContextProxy, ContextReq
 from spnego._gss import GSSAPIProxy
 from spnego._negotiate import NegotiateProxy
 from spnego._ntlm import NTLMProxy
 from spnego._ntlm_raw import crypto, messages
 
 from triosspi.security import ntlm, spnego_compat
-from triosspi.security.spnego_compat import AcceptorNegotiate, AcceptorNTLM, InitiatorNegotiate, nt_hash, rc4k
+from triosspi.security.spnego_compat import AcceptorNTLM, InitiatorNegotiate, nt_hash, rc4k
 
 
 def parameters(function: object) -> list[str]:
@@ -46,7 +46,7 @@ def test_our_ntlm_acceptor_has_the_fields_that_pyspnegos_own_has(user_file: None
     assert set(ours) - set(theirs) == {"_verifier", "_raw_negotiate", "_raw_challenge", "login"}
     # These two are about which old responses to admit; ours admits none.
     assert set(theirs) - set(ours) == {"_lm", "_nt_v1", "_nt_v2"}
-    different = {"_context_req", "options", "_hostname", "_service", "spn"}
+    different = {"_context_req", "options", "_hostname", "_service", "spn", "_is_wrapped"}
     assert {name for name in theirs if name in ours and theirs[name] != ours[name]} <= different
 
 
@@ -58,7 +58,7 @@ def test_our_ntlm_acceptor_has_the_fields_that_pyspnegos_own_has(user_file: None
         (NTLMProxy._step_accept_authenticate, "token channel_bindings"),
         (NegotiateProxy._preferred_mech_list, ""),
         (NegotiateProxy._rebuild_context_list, "mech_types channel_bindings"),
-        (NegotiateProxy._step_spnego_input, "in_token channel_bindings"),
+        (NTLMProxy._reset_ntlm_crypto_state, "outgoing"),
         (crypto.rc4k, "k d"),
     ],
 )
@@ -69,14 +69,13 @@ def test_a_method_that_is_overridden_or_called_has_the_parameters_that_it_had(fu
 
 def test_the_negotiate_context_has_the_fields_that_are_read() -> None:
     fields = vars(NegotiateProxy(usage="accept"))
-    assert {"_context_list", "_mech_sent", "_mic_recv", "_available_contexts"} <= set(fields)
+    assert {"_context_list", "_mic_sent", "_mic_recv"} <= set(fields)
     assert isinstance(inspect.getattr_static(NegotiateProxy, "_context"), property)
     assert isinstance(inspect.getattr_static(NegotiateProxy, "_chosen_mech"), property)
-    assert NegotiateProxy._is_same_mech(GSSMech.kerberos, "1.2.840.48018.1.2.2")
 
 
 def test_every_override_still_overrides_something() -> None:
-    for ours in (AcceptorNTLM, AcceptorNegotiate, InitiatorNegotiate):
+    for ours in (AcceptorNTLM, InitiatorNegotiate):
         base = ours.__mro__[1]
         for name in vars(ours):
             if name.startswith(("_step", "_rebuild", "_preferred")):

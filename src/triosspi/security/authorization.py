@@ -7,6 +7,9 @@ A rule is one of
 * ``S-1-5-21-...``: whoever's PAC has that SID, as the user's own or as a group's.
 
 ``deny`` wins over ``allow``; without ``allow`` everybody is admitted who is not denied.
+
+A client may decline the PAC when it asks for its ticket, and an NTLM login has none. So where a SID is
+denied, whoever shows no PAC is refused: otherwise just those who are denied would show none.
 """
 
 from __future__ import annotations
@@ -73,6 +76,8 @@ class Authorization:
         folds = peer.mechanism == "ntlm" or peer.pac is not None
         if any(_matches(rule, peer, sids, fold=True) for rule in self.deny):
             raise AuthenticationError(f"{who} is denied")
+        if peer.pac is None and any(map(_SID.fullmatch, self.deny)):
+            raise AuthenticationError(f"{who} has no PAC that would show whether a denied SID is in it")
         if self.allow is not None and not any(_matches(rule, peer, sids, fold=folds) for rule in self.allow):
             raise AuthenticationError(f"{who} is not among those allowed")
 

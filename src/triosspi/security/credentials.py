@@ -21,14 +21,15 @@ from .context import SecurityContext, first_token_kind
 from .identity import ContextFlag
 from .names import simple_upper
 from .policy import AcceptorPolicy, check_initiator
+from .spnego import SPNEGOAcceptor
 from .spnego_compat import (
     MECHANISMS,
     AcceptorKerberos,
-    AcceptorNegotiate,
     AcceptorNTLM,
-    GSSMech,
     InitiatorNegotiate,
+    Proxy,
     rc4k,
+    reset_crypto,
     upper_case_as_windows,
 )
 
@@ -160,13 +161,13 @@ class Acceptor:
         )
 
     @cached_property
-    def _factories(self) -> dict[GSSMech, Callable[[], ContextProxy]]:
+    def _factories(self) -> dict[str, Callable[[], ContextProxy]]:
         bindings = _bindings(self.channel_bindings)
         makers: dict[str, Callable[[], ContextProxy]] = {
             "kerberos": lambda: AcceptorKerberos(self._kerberos_credential, bindings),
             "ntlm": lambda: AcceptorNTLM(self._verify_ntlm),
         }
-        return {MECHANISMS[mechanism]: makers[mechanism] for mechanism in self.enabled}
+        return {mechanism: makers[mechanism] for mechanism in self.enabled}
 
     def _verify_ntlm(self, authenticate: bytes, negotiate: bytes, challenge: bytes) -> ntlm.Login:
         assert self.accounts is not None
@@ -188,7 +189,7 @@ class Acceptor:
         # A Kerberos accept reads the keytab and the replay cache, in less time than a thread takes.
         return _WINDOWS or bool(getattr(self.accounts, "may_block", self.accounts is not None))
 
-    def _open_proxy(self, token: bytes | None) -> ContextProxy:
+    def _open_proxy(self, token: bytes | None) -> Proxy:
         kind = first_token_kind(token or b"")
         if kind != "spnego":
             if not self.allow_raw:
@@ -199,8 +200,8 @@ class Acceptor:
             protocol = "negotiate" if len(self.enabled) > 1 else self.enabled[0]
             return spnego.server(protocol=protocol, channel_bindings=_bindings(self.channel_bindings))
         if kind == "spnego":
-            return AcceptorNegotiate(self._factories)
-        return self._factories[MECHANISMS[kind]]()
+            return SPNEGOAcceptor(self._factories, reset_crypto)
+        return self._factories[kind]()
 
 
 @dataclass(frozen=True, kw_only=True)

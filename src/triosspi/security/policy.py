@@ -19,11 +19,12 @@ from .identity import ContextFlag, PeerIdentity
 from .kerberos import KerberosPolicy, Ticket, check_enctype, enctype_name
 from .kerberos import check as check_ticket
 from .ntlm import REQUIRED_FLAGS
+from .spnego import SPNEGOAcceptor
 from .spnego_compat import (
     AcceptorKerberos,
-    AcceptorNegotiate,
     AcceptorNTLM,
     InitiatorNegotiate,
+    Proxy,
     inner_context,
     kerberos_enctype,
     ntlm_flags,
@@ -47,7 +48,7 @@ def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str) ->
     )
 
 
-def _check_inner(proxy: ContextProxy) -> ContextProxy:
+def _check_inner(proxy: Proxy) -> ContextProxy:
     inner = inner_context(proxy)
     if inner is None or not inner.complete:
         raise AuthenticationError("the peer says that it is done, but nobody has authenticated")
@@ -68,7 +69,7 @@ def _check_flags(proxy: ContextProxy, demanded: ContextFlag) -> None:
         raise AuthenticationError(f"the context lacks {names}")
 
 
-def _check_mech_list_mic(proxy: AcceptorNegotiate, mechanism: str) -> None:
+def _check_mech_list_mic(proxy: SPNEGOAcceptor, mechanism: str) -> None:
     # Without it, whoever sits between could have taken the better mechanisms out of the client's
     # list. Every SPNEGO client sends it with NTLM; with Kerberos it is due when the mechanism is not
     # the client's first (RFC 4178 5).
@@ -88,7 +89,7 @@ class AcceptorPolicy:
     kerberos: KerberosPolicy
     authorization: Authorization
 
-    def check(self, proxy: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+    def check(self, proxy: Proxy, demanded: ContextFlag) -> PeerIdentity:
         """Decide whether a context that calls itself complete is; whose it is; and whether he may come in.
 
         Args:
@@ -99,7 +100,7 @@ class AcceptorPolicy:
           AuthenticationError: it is not, or he may not.
         """
         inner = _check_inner(proxy)
-        if isinstance(proxy, AcceptorNegotiate):
+        if isinstance(proxy, SPNEGOAcceptor):
             _check_mech_list_mic(proxy, inner.negotiated_protocol or "")
         peer = self._identify(inner, demanded)
         self.authorization.check(peer)
@@ -145,7 +146,7 @@ def _native_peer(inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
     return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), principal, domain, name)
 
 
-def check_initiator(proxy: ContextProxy, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
+def check_initiator(proxy: Proxy, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
     """The same for an initiator's context.
 
     Args:
@@ -171,5 +172,5 @@ def check_initiator(proxy: ContextProxy, demanded: ContextFlag, *, allow_rc4: bo
         missing = [name for flag, name in REQUIRED_FLAGS.items() if not flags & flag]
         if missing:
             raise AuthenticationError(f"NTLM: the acceptor left out {', '.join(missing)}")
-    target = str(proxy.spn or "")
+    target = str(inner.spn or "")
     return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), target, "", target)

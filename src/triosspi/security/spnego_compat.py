@@ -3,9 +3,8 @@
 Written for pyspnego 0.12.4 to 0.12.x; ``tests/test_spnego_compat.py`` fails loudly when one of these
 names changes its shape underneath. What is used, and why the public API does not do:
 
-* `NegotiateProxy` and the three of its methods overridden here, because the public `spnego.server`
-  offers whatever the machine has, builds every mechanism's context for each connection, and feeds
-  a Kerberos token to NTLM when the client guessed wrongly.
+* `NegotiateProxy`, the initiator's, and two of its methods, because the public `spnego.client` offers
+  whatever the machine has.
 * `NTLMProxy` and its fields, because its acceptor reads the account file named by an environment
   variable, for the whole process, from top to bottom on each login; and because its verification of
   AUTHENTICATE is not strict (see `ntlm`).
@@ -15,9 +14,10 @@ names changes its shape underneath. What is used, and why the public API does no
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spnego import ContextProxy, ContextReq, NegotiateOptions
 from spnego._context import GSSMech
@@ -34,6 +34,7 @@ from .identity import PAC
 from .kerberos import Ticket, reason, require_gssapi
 from .names import AccountName
 from .pac import read_logon_info
+from .spnego import Mechanism, SPNEGOAcceptor
 
 if TYPE_CHECKING:
     from .ntlm import Login
@@ -44,24 +45,29 @@ __all__ = [
     "MECHANISMS",
     "AcceptorKerberos",
     "AcceptorNTLM",
-    "AcceptorNegotiate",
     "GSSMech",
     "InitiatorNegotiate",
+    "Proxy",
     "allow_token_logging",
+    "gssapi_context",
     "inner_context",
     "kerberos_enctype",
+    "mics_exchanged",
     "nt_hash",
     "ntlm_flags",
     "rc4k",
+    "reset_crypto",
     "upper_case_as_windows",
 ]
+
+#: A context of pyspnego's, or our own SPNEGO acceptor around some.
+Proxy = ContextProxy | SPNEGOAcceptor
 
 #: Verifies (authenticate, negotiate, challenge), all as they crossed the wire; raises when refused.
 Verifier = Callable[[bytes, bytes, bytes], "Login"]
 
 MECHANISMS: Mapping[str, GSSMech] = {"kerberos": GSSMech.kerberos, "ntlm": GSSMech.ntlm}
 
-# What a pyspnego context would work out again, as enum arithmetic, on each login (30 us).
 _NTLM_ACCEPT_FLAGS = (
     NegotiateFlags.key_128
     | NegotiateFlags.key_56
@@ -103,33 +109,44 @@ def nt_hash(password: str) -> bytes:
     return md4(password.encode("utf-16-le", errors="surrogatepass"))
 
 
+@functools.cache
+def _fresh_ntlm_fields() -> dict[str, Any]:
+    """The fields of an NTLM acceptor that has not begun. Made once: the enum arithmetic takes 40 us."""
+    proxy: Any = object.__new__(NTLMProxy)
+    ContextProxy.__init__(
+        proxy,
+        credentials=[],
+        hostname=None,
+        service=None,
+        channel_bindings=None,
+        context_req=ContextReq.default,
+        usage="accept",
+        protocol="ntlm",
+        options=NegotiateOptions.none,
+    )
+    # To be spared pyspnego's log of every token, which it encodes whether anybody reads it or not.
+    proxy._is_wrapped = True
+    proxy._context_req = _NTLM_ACCEPT_FLAGS
+    proxy._complete = False
+    proxy._credential = None
+    proxy._temp_negotiate = None
+    proxy._temp_challenge = None
+    proxy._mic_required = False
+    proxy._session_key = None
+    proxy._sign_key_out = proxy._sign_key_in = None
+    proxy._handle_out = proxy._handle_in = None
+    proxy._NTLMProxy__seq_num_in = 0
+    proxy._NTLMProxy__seq_num_out = 0
+    fields: dict[str, Any] = vars(proxy)
+    return fields
+
+
 class AcceptorNTLM(NTLMProxy):
     """pyspnego's NTLM acceptor with the verification of AUTHENTICATE replaced by ours."""
 
     def __init__(self, verifier: Verifier) -> None:
         # NTLMProxy's own initialiser insists on the file named by NTLM_USER_FILE.
-        ContextProxy.__init__(
-            self,
-            credentials=[],
-            hostname=None,
-            service=None,
-            channel_bindings=None,
-            context_req=ContextReq.default,
-            usage="accept",
-            protocol="ntlm",
-            options=NegotiateOptions.none,
-        )
-        self._context_req = _NTLM_ACCEPT_FLAGS
-        self._complete = False
-        self._credential = None
-        self._temp_negotiate = None
-        self._temp_challenge = None
-        self._mic_required = False
-        self._session_key = None
-        self._sign_key_out = self._sign_key_in = None
-        self._handle_out = self._handle_in = None
-        self._NTLMProxy__seq_num_in = 0
-        self._NTLMProxy__seq_num_out = 0
+        vars(self).update(_fresh_ntlm_fields())
         self._verifier = verifier
         self._raw_negotiate = b""
         self._raw_challenge = b""
@@ -155,69 +172,6 @@ class AcceptorNTLM(NTLMProxy):
         self._complete = True
 
 
-class AcceptorNegotiate(NegotiateProxy):
-    """pyspnego's SPNEGO acceptor, offering just the mechanisms that it is given.
-
-    Args:
-      factories: for each mechanism, in the order of preference, what makes its context.
-    """
-
-    def __init__(self, factories: Mapping[GSSMech, Callable[[], ContextProxy]]) -> None:
-        super().__init__(usage="accept", hostname=None, service=None)
-        self._factories = factories
-        #: The mechanisms that the client offered, in its order; empty before its first token.
-        self.offered: list[str] = []
-
-    @property
-    def mic_verified(self) -> bool:
-        """Has the client's mechListMIC been verified?"""
-        return self._mic_recv
-
-    @property
-    def first_offer_chosen(self) -> bool:
-        """Is the chosen mechanism the one that the client wants most?"""
-        return bool(self.offered) and self._is_same_mech(self._chosen_mech, self.offered[0])
-
-    @property
-    def inner(self) -> ContextProxy | None:
-        """The context of the chosen mechanism."""
-        return self._context if self._context_list else None
-
-    def _preferred_mech_list(self) -> list[GSSMech]:
-        return list(self._factories)
-
-    def _rebuild_context_list(
-        self,
-        mech_types: list[str] | None = None,
-        channel_bindings: GssChannelBindings | None = None,  # noqa: ARG002 - the factories have their own
-    ) -> list[str]:
-        if self.offered:
-            # pyspnego would begin anew, and leave what was said before behind.
-            raise AuthenticationError("a second NegTokenInit")
-        self.offered = mech_types or []
-        for mech, factory in self._factories.items():
-            if any(self._is_same_mech(mech, oid) for oid in self.offered):
-                context = factory()
-                context._is_wrapped = True
-                self._context_list = {mech: (context, None)}
-                return [mech.value]
-        raise AuthenticationError("the client offers no mechanism that is enabled here")
-
-    def _step_spnego_input(
-        self,
-        in_token: bytes | None = None,
-        channel_bindings: GssChannelBindings | None = None,
-    ) -> tuple[bytes | None, bytes | None, bool]:
-        token, mic, is_spnego = super()._step_spnego_input(in_token, channel_bindings)
-        if not is_spnego:
-            raise AuthenticationError("a raw token in the midst of SPNEGO")
-        if not self._mech_sent and not self.first_offer_chosen:
-            # The first token holds a guess for the client's first mechanism. When that is not the
-            # one chosen, the guess must be ignored (RFC 4178 4.2.1), not fed to another mechanism.
-            token = None
-        return token, mic, is_spnego
-
-
 def upper_case_as_windows(proxy: ContextProxy) -> ContextProxy:
     """Have an NTLM initiator upper-case its user name as Windows, Samba and .NET do; returns it.
 
@@ -230,6 +184,11 @@ def upper_case_as_windows(proxy: ContextProxy) -> ContextProxy:
 
 class InitiatorNegotiate(NegotiateProxy):
     """pyspnego's SPNEGO initiator, offering just the mechanisms that it is given."""
+
+    @property
+    def mic_sent(self) -> bool:
+        """Has a mechListMIC been sent?"""
+        return self._mic_sent
 
     @property
     def mic_verified(self) -> bool:
@@ -260,11 +219,22 @@ class InitiatorNegotiate(NegotiateProxy):
         return mechanisms
 
 
-def inner_context(proxy: ContextProxy) -> ContextProxy | None:
+#: SPNEGO, on either side; what it has chosen is its ``inner``.
+Negotiation = SPNEGOAcceptor | InitiatorNegotiate
+
+
+def inner_context(proxy: Proxy) -> ContextProxy | None:
     """The mechanism's own context: of an SPNEGO context the chosen one, otherwise itself."""
-    if isinstance(proxy, (AcceptorNegotiate, InitiatorNegotiate)):
-        return proxy.inner
+    if isinstance(proxy, Negotiation):
+        # An acceptor's mechanisms are the contexts that this file has made.
+        return cast("ContextProxy | None", proxy.inner)
     return proxy
+
+
+def reset_crypto(context: Mechanism, outgoing: bool) -> None:
+    """Begin RC4 anew in one direction, after a mechListMIC; nothing where the mechanism is not NTLM."""
+    if isinstance(context, NTLMProxy):
+        context._reset_ntlm_crypto_state(outgoing=outgoing)
 
 
 def ntlm_flags(proxy: ContextProxy) -> int | None:
@@ -274,6 +244,14 @@ def ntlm_flags(proxy: ContextProxy) -> int | None:
 
 # GSS_C_INQ_SSPI_SESSION_KEY: gives the session key, and an OID that ends in its encryption type.
 _SESSION_KEY_OID = "1.2.840.113554.1.2.2.5.5"
+
+
+@functools.cache
+def _fresh_kerberos_fields() -> dict[str, Any]:
+    """The fields of a Kerberos acceptor that has not begun. See `_fresh_ntlm_fields`."""
+    proxy = GSSAPIProxy(usage="accept", protocol="kerberos", _gssapi_credential=object())
+    proxy._is_wrapped = True
+    return vars(proxy)
 
 
 class AcceptorKerberos(GSSAPIProxy):
@@ -288,9 +266,9 @@ class AcceptorKerberos(GSSAPIProxy):
     """
 
     def __init__(self, credential: object, channel_bindings: GssChannelBindings | None) -> None:
-        super().__init__(
-            usage="accept", protocol="kerberos", channel_bindings=channel_bindings, _gssapi_credential=credential
-        )
+        vars(self).update(_fresh_kerberos_fields())
+        self._credential = credential
+        self.channel_bindings = channel_bindings
         self._gssapi = require_gssapi()
         self.ticket: Ticket | None = None
 
@@ -322,12 +300,12 @@ class AcceptorKerberos(GSSAPIProxy):
             raise AuthenticationError(f"Kerberos: {printable(reason(exc), 200)}") from None
         if accepted.more_steps:
             raise AuthenticationError("Kerberos: the client wants more tokens (DCE style, or user to user)")
-        # This takes the context over: `accepted.context` is empty afterwards.
-        self._context = context = gssapi.SecurityContext(base=accepted.context)
+        # The raw context: python-gssapi's own class around it does nothing here but cost 40 us.
+        self._context = context = accepted.context
         self._context_attr = flags = int(accepted.flags)
         self.ticket = Ticket(
-            client=_display(gssapi, accepted.initiator_name),
-            service=_display(gssapi, _target_name(raw, context)),
+            client=_display(raw, accepted.initiator_name),
+            service=_display(raw, _target_name(raw, context)),
             flags=flags,
             lifetime=accepted.lifetime,
             enctype=_enctype(gssapi, context),
@@ -356,13 +334,26 @@ def kerberos_enctype(proxy: ContextProxy) -> int | None:
     return _enctype(require_gssapi(), proxy._context) if isinstance(proxy, GSSAPIProxy) else None
 
 
-def _display(gssapi: Any, name: Any) -> str:
-    # The library's text may end in the NUL of its own strings.
-    return str(gssapi.Name(base=name)).rstrip("\0")
+def gssapi_context(proxy: ContextProxy) -> Any:
+    """The library's own context of a finished Kerberos context."""
+    assert isinstance(proxy, GSSAPIProxy)
+    return proxy._context
+
+
+def mics_exchanged(proxy: Proxy) -> tuple[int, int]:
+    """How many mechListMICs a finished context has sent, and how many verified."""
+    if isinstance(proxy, Negotiation):
+        return int(proxy.mic_sent), int(proxy.mic_verified)
+    return 0, 0
+
+
+def _display(raw: Any, name: Any) -> str:
+    # The library's text may end in the NUL of its own strings. What is not UTF-8 is not equal to anything.
+    text: bytes = raw.display_name(name, name_type=False).name
+    return text.rstrip(b"\0").decode(errors="backslashreplace")
 
 
 def _target_name(raw: Any, context: Any) -> Any:
-    # `context.target_name` asks the same, through wrappers that take ten times as long.
     nothing_else = dict.fromkeys(("initiator_name", "lifetime", "mech", "flags", "locally_init", "complete"), False)
     return raw.inquire_context(context, target_name=True, **nothing_else).target_name
 

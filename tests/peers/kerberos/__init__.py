@@ -12,7 +12,7 @@ initiator is given:
         with closing(peer.new(kdc.login("aes256"))) as initiator, wire.connect(host, port) as sock:
             wire.login(sock, initiator)
 
-An acceptor in the test's own process belongs to the realm when `kdc.environment` is in its environment.
+The test's own process belongs to the realm that the fixture `kdc` gave it, or that it has joined (`fixtures.join`).
 Everything is on the loopback, and nothing asks the DNS.
 """
 

@@ -12,13 +12,23 @@ from .mit import MitKdc, mit_kdc
 from .realm import Kdc
 from .samba import SambaKdc, samba_kdc
 
-__all__ = ["Kdc", "MitKdc", "SambaKdc", "each_with_its_kdcs", "kdc", "mit_kdc", "samba_kdc"]
+__all__ = ["Kdc", "MitKdc", "SambaKdc", "each_with_its_kdcs", "join", "kdc", "mit_kdc", "samba_kdc"]
+
+
+def join(realm: Kdc, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put this process into a realm, for a test."""
+    for name, value in realm.environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("KRB5CCNAME", "KRB5_KTNAME"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def kdc(request: pytest.FixtureRequest) -> Kdc:
-    """The KDC that the test is parametrised with, by its name, `mit` or `samba`."""
-    return cast(Kdc, request.getfixturevalue(f"{request.param}_kdc"))
+def kdc(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kdc:
+    """The KDC that the test is parametrised with, by its name, `mit` or `samba`; this process belongs to its realm."""
+    realm = cast(Kdc, request.getfixturevalue(f"{request.param}_kdc"))
+    join(realm, monkeypatch)
+    return realm
 
 
 def each_with_its_kdcs(peers: Iterable[KerberosPeerKind] = KERBEROS_PEERS) -> pytest.MarkDecorator:

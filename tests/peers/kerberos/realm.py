@@ -185,16 +185,25 @@ class Kdc:
         }
         domain = self.realm.lower()
         path = self.directory / f"krb5-{name}-{self.port}.conf"
-        path.write_text(
+        # Another process may be reading the same.
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(
             "[libdefaults]\n"
             + "".join(f"    {key} = {value}\n" for key, value in settings.items())
             + f"[realms]\n    {self.realm} = {{\n        kdc = 127.0.0.1:{self.port}\n    }}\n"
             + f"[domain_realm]\n    .{domain} = {self.realm}\n    {domain} = {self.realm}\n"
         )
+        written.replace(path)
         return os.fspath(path)
 
     def ccache(
-        self, user: str = "alice", *, config: str | None = None, lifetime: str | None = None, forwardable: bool = False
+        self,
+        user: str = "alice",
+        *,
+        config: str | None = None,
+        lifetime: str | None = None,
+        forwardable: bool = False,
+        pac: bool = True,
     ) -> str:
         """Return the name of a ticket cache with the user's ticket-granting ticket; the same for the same arguments.
 
@@ -203,16 +212,18 @@ class Kdc:
             config: The krb5.conf to get it with.
             lifetime: As kinit has it, `30m`.
             forwardable: Whether it may be delegated.
+            pac: Whether it has a PAC, where the KDC has one to give. A client may decline it.
         """
         config = config or self.config
-        key = (user, config, lifetime, forwardable)
+        key = (user, config, lifetime, forwardable, pac)
         if key not in self._ccaches:
-            name = f"FILE:{self.directory}/ccache-{self.port}-{len(self._ccaches)}"
+            name = f"FILE:{self.directory}/ccache-{self.port}-{os.getpid()}-{len(self._ccaches)}"
             kinit = find_program("kinit")
             assert kinit is not None, "required with the KDC"
             options = ["-c", name]
             options += ["-l", lifetime] if lifetime else []
             options += ["-f"] if forwardable else []
+            options += [] if pac else ["--no-request-pac"]
             run(
                 [kinit, *options, f"{user}@{self.realm}"],
                 environment={"KRB5_CONFIG": config},
@@ -230,6 +241,7 @@ class Kdc:
         layout: Layout = "wrap",
         bindings: bytes | None = None,
         lifetime: str | None = None,
+        pac: bool = True,
         password: bool = False,
     ) -> Login:
         """What an initiator needs for a login at one of `services`.
@@ -241,12 +253,15 @@ class Kdc:
             layout: See `Login`.
             bindings: See `Login`.
             lifetime: See `ccache`.
+            pac: See `ccache`.
             password: Leave the ticket to the initiator; else the user already has one.
         """
         wanted = self.services[service]
         ccache = None
         if not password:
-            ccache = self.ccache(user, config=wanted.config, lifetime=lifetime, forwardable="delegate" in flags)
+            ccache = self.ccache(
+                user, config=wanted.config, lifetime=lifetime, forwardable="delegate" in flags, pac=pac
+            )
         return Login(
             principal=wanted.principal,
             realm=self.realm,

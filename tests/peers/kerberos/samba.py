@@ -1,19 +1,23 @@
 """A Samba AD domain controller on the loopback, reduced to its KDC: tickets with a PAC, as Windows clients have them.
 
 Made from nothing in a temporary directory, which takes four seconds, most of them Samba's schema. It is one process,
-without DNS, LDAP or file service.
+without DNS, LDAP or file service, and the processes of a test run share it: the first that needs it makes it, the last
+that is done ends it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import shutil
+import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,22 +73,57 @@ class SambaKdc(Kdc):
         sids: The SIDs of users and groups, by name; the domain's own by "domain".
     """
 
-    def __init__(self) -> None:
-        directory = Path(tempfile.mkdtemp(prefix="triosspi-samba-"))
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, shared: Path) -> None:
+        """Make it, or join in.
+
+        Args:
+            shared: A directory of the processes that share it.
+        """
+        self._shared = shared
+        self._alive = self._using = -1
+        with self._alone():
+            try:
+                state = json.loads(self._state.read_text())
+            except FileNotFoundError:
+                state = {}
+            directory = Path(state.get("directory") or tempfile.mkdtemp(prefix="triosspi-samba-"))
+            self._pid: int = state.get("pid", 0)
+            try:
+                super().__init__(REALM, state.get("port") or free_port(), directory)
+                # As complex as the domain demands.
+                self.users = {"alice": "Alice-secret-1", "bob": "Bob-secret-2"}
+                self.services = {name: self._service(name, enctype) for name, enctype in SERVICES.items()}
+                self.sids: dict[str, str] = state.get("sids", {})
+                self._smb_conf = directory / "dc" / "etc" / "smb.conf"
+                if not state:
+                    self._provision()
+                    self._fill()
+                    os.mkfifo(directory / "alive")
+                # The controller ends at the end of its input: when the last that has this open closes it or is killed.
+                self._alive = os.open(directory / "alive", os.O_RDWR)
+                if not state:
+                    self._start()
+                    state = {"directory": str(directory), "pid": self._pid, "port": self.port, "sids": self.sids}
+                    self._state.write_text(json.dumps(state))
+                self._using = os.open(shared / "samba.users", os.O_RDWR | os.O_CREAT)
+                fcntl.flock(self._using, fcntl.LOCK_SH)
+            except BaseException:
+                self._leave(last=not state)
+                raise
+
+    @property
+    def _state(self) -> Path:
+        return self._shared / "samba.json"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process makes or ends it meanwhile."""
+        lock = os.open(self._shared / "samba.lock", os.O_RDWR | os.O_CREAT)
         try:
-            super().__init__(REALM, free_port(), directory)
-            # As complex as the domain demands.
-            self.users = {"alice": "Alice-secret-1", "bob": "Bob-secret-2"}
-            self.services = {name: self._service(name, enctype) for name, enctype in SERVICES.items()}
-            self.sids: dict[str, str] = {}
-            self._smb_conf = directory / "dc" / "etc" / "smb.conf"
-            self._provision()
-            self._fill()
-            self._start()
-        except BaseException:
-            self.stop()
-            raise
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def _service(self, name: str, enctype: int) -> Service:
         return Service(
@@ -152,46 +191,69 @@ class SambaKdc(Kdc):
     def _start(self) -> None:
         samba = find_program("samba")
         assert samba is not None, "ask available() first"
+        command = [samba, "-i", "-M", "single", "-s", os.fspath(self._smb_conf), "--no-process-group"]
+        # Nobody's child: whoever makes it need not be the last to use it.
+        script = 'alive=$1; output=$2; shift 2; "$@" <"$alive" >"$output" 2>&1 & echo $!'
         log = self.directory / "output"
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [samba, "-i", "-M", "single", "-s", os.fspath(self._smb_conf), "--no-process-group"],
-                # It ends at the end of its input: also when this process is killed.
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+        self._pid = int(run(["sh", "-c", script, "sh", os.fspath(self.directory / "alive"), os.fspath(log), *command]))
         deadline = time.monotonic() + _START_TIMEOUT
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
             except OSError:
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                if not self._runs() or time.monotonic() > deadline:
                     raise RealmError(f"samba did not start:\n{log.read_text(errors='replace')}") from None
                 time.sleep(0.02)
             else:
                 return
 
+    def _runs(self, wait: float = 0) -> bool:
+        """Whether the controller runs, still so after these seconds."""
+        try:
+            process = os.pidfd_open(self._pid)
+        except ProcessLookupError:
+            return False
+        try:
+            return not select.select([process], [], [], wait)[0]
+        finally:
+            os.close(process)
+
     def stop(self) -> None:
-        """End the controller and delete the domain."""
-        process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.terminate()
+        """Be done with it; the last of all ends the controller and deletes the domain. May be called twice."""
+        if self._using == -1:
+            return
+        with self._alone():
+            os.close(self._using)
+            self._using = os.open(self._shared / "samba.users", os.O_RDWR)
             try:
-                process.wait(_STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
+                fcntl.flock(self._using, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._leave(last=False)
+            else:
+                self._leave(last=True)
+
+    def _leave(self, *, last: bool) -> None:
+        if self._alive != -1:
+            os.close(self._alive)
+        if self._using != -1:
+            os.close(self._using)
+        self._alive = self._using = -1
+        if last:
+            self._state.unlink(missing_ok=True)
+            if self._pid and self._runs(_STOP_TIMEOUT):
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
+                self._runs(_STOP_TIMEOUT)
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def samba_kdc() -> Iterator[SambaKdc]:
+def samba_kdc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SambaKdc]:
     """The domain, for the whole session."""
     require(SimpleNamespace(available=available))
-    kdc = SambaKdc()
+    own = tmp_path_factory.getbasetemp()
+    # With pytest-xdist each worker has a directory of its own within that of the run.
+    kdc = SambaKdc(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
     try:
         yield kdc
     finally:
