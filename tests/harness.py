@@ -113,6 +113,7 @@ class PlainContext:
         self.may_block = may_block
         self.established = False
         self.trailer_size = trailer_size
+        self.frame_sealer = None
         self.package_name = "Plain"
         self.peer = None
         self.tokens: list[bytes | None] = []

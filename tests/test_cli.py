@@ -311,6 +311,20 @@ def test_the_version_is_the_packages(call: Call) -> None:
     assert call("--version") == (0, f"triosspi, version {triosspi.__version__}\n", "")
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_the_version_tells_with_v_how_messages_are_sealed(
+    call: Call, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr(cli, "sealing_is_native", lambda: {"ntlm": native, "kerberos": True})
+    way = "natively" if native else "by pyspnego"
+    version = f"triosspi, version {triosspi.__version__}"
+    assert call("--version", "-v") == (0, f"{version}\nntlm: sealed {way}\nkerberos: sealed natively\n", "")
+
+
+def test_a_v_that_belongs_to_nothing_is_a_usage_error(call: Call) -> None:
+    assert call("-v", "serve").status == 2
+
+
 def test_no_option_takes_a_password_where_other_users_could_read_it() -> None:
     for path, command in COMMANDS:
         for parameter in command.params:

@@ -563,6 +563,7 @@ def test_whatever_a_context_raises_when_it_seals_is_an_unseal_error():
             raise IndexError("nothing there")
 
     client._context._sealer = Poisoned()
+    client._batches = None
     with pytest.raises(UnsealError, match="sealing failed: OverflowError"):
         client.seal([b"x"])
     client.receive_data(frame(dword(0)))

@@ -30,7 +30,7 @@ from typing import Final, Literal, Protocol
 
 from . import _wire
 from ._errors import AuthenticationError, LocalProtocolError, RemoteProtocolError, TruncatedError
-from ._wire import WireFormat, make_codec
+from ._wire import FramedCodec, WireFormat, make_codec
 from .security.context import SecurityContext
 from .security.credentials import Acceptor, Initiator
 from .security.identity import ContextFlag, ContextSizes, PeerIdentity
@@ -89,6 +89,8 @@ class Session:
         self._codec = make_codec(wire, max_message_size)
         self._wire = wire
         self._tracer = tracer
+        # The codec again, where the sealer handles whole batches of its frames.
+        self._batches: FramedCodec | None = None
         self._rounds = 0
         self._unproven = False
         self._said_all = False
@@ -162,6 +164,8 @@ class Session:
             self._tracer.token_made(answer, self.established)
         if self.established:
             self._codec.begin_records(self._context.trailer_size)
+            if isinstance(self._codec, FramedCodec) and self._context.frame_sealer is not None:
+                self._batches = self._codec
             self._unproven = bool(answer) and not self.accepts
             # In the sample's format only the acceptor speaks.
             self._said_all = self._wire is WireFormat.SAMPLE and not self.accepts
@@ -185,6 +189,8 @@ class Session:
                 raise LocalProtocolError("the sample's format has one message only")
             self._said_all = True
         self._context.check_alive()
+        if self._batches is not None and self._tracer is None:
+            return self._context.seal_frames(messages)
         seal = self._context.seal
         records = [seal(message) for message in messages]
         if self._tracer is not None:
@@ -224,8 +230,11 @@ class Session:
         return messages
 
     def _open_records(self, messages: list[bytes]) -> None:
-        codec, open_record = self._codec, self._context.open
         self._context.check_alive()
+        if self._batches is not None:
+            self._open_batch(self._batches, messages)
+            return
+        codec, open_record = self._codec, self._context.open
         for trailer, ciphertext in codec.records():
             message = open_record(trailer, ciphertext)
             self._unproven = False
@@ -236,6 +245,19 @@ class Session:
                 codec.discard()
                 self._ending = "end"
                 break
+
+    def _open_batch(self, codec: FramedCodec, messages: list[bytes]) -> None:
+        """The same as `_open_records`, in one call for all that is at hand."""
+        opened, error = self._context.open_frames(codec.frames())
+        if opened:
+            self._unproven = False
+            if not opened[-1]:
+                opened.pop()
+                codec.discard()
+                self._ending = "end"
+            messages += opened
+        if error is not None:
+            raise error
 
     def explain_end(self) -> AuthenticationError | None:
         """What it means that the connection ends now: to an initiator maybe that it was refused."""

@@ -205,6 +205,16 @@ class FramedCodec(Codec):
     def pack_records(self, records: Sequence[Record]) -> bytes:
         return pack_framed_records(records)
 
+    def frames(self) -> list[bytes]:
+        """The records at hand, whole: ``trailer_length | trailer | ciphertext``. See `records` for details."""
+        try:
+            frames = self._scanner.frames()
+        except LengthError as exc:
+            raise FrameTooLongError(exc.length, exc.limit) from None
+        if self._eof and not frames:
+            raise self._truncated()
+        return frames
+
     def records(self) -> Iterator[Record]:
         while True:
             try:
@@ -215,9 +225,12 @@ class FramedCodec(Codec):
                 break
             yield _split(record)
         if self._eof:
-            at_boundary = self._scanner.at_boundary
-            where = "between two records" if at_boundary else "within a record"
-            raise TruncatedError(f"the peer closed {where}, without a goodbye", at_boundary=at_boundary)
+            raise self._truncated()
+
+    def _truncated(self) -> TruncatedError:
+        at_boundary = self._scanner.at_boundary
+        where = "between two records" if at_boundary else "within a record"
+        return TruncatedError(f"the peer closed {where}, without a goodbye", at_boundary=at_boundary)
 
 
 class SampleCodec(Codec):

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Literal
-
-from spnego import ContextProxy
 
 from .._errors import AuthenticationError, UnsealError, printable
 from .identity import PeerIdentity
 from .kerberos import root_reason
-from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, GSSWrapSealer, ProxySealer, Sealer
-from .spnego_compat import inner_context, kerberos_enctype
+from .native import take_over
+from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, FrameSealer, GSSWrapSealer, ProxySealer, Sealer
+from .spnego_compat import Proxy, inner_context, kerberos_enctype
 
 Usage = Literal["initiate", "accept"]
 
@@ -76,13 +75,14 @@ class SecurityContext:
     Attributes:
       usage: ``"accept"`` or ``"initiate"``.
       established: True once the peer is authenticated, and never otherwise.
+      frame_sealer: seals whole batches; None where sealing is not native.
     """
 
     def __init__(
         self,
         usage: Usage,
-        open_proxy: Callable[[bytes | None], ContextProxy],
-        check: Callable[[ContextProxy], PeerIdentity],
+        open_proxy: Callable[[bytes | None], Proxy],
+        check: Callable[[Proxy], PeerIdentity],
         *,
         may_block: Callable[[], bool],
     ) -> None:
@@ -91,10 +91,11 @@ class SecurityContext:
         self.established = False
         self._open_proxy = open_proxy
         self._check = check
-        self._proxy: ContextProxy | None = None
+        self._proxy: Proxy | None = None
         self._failed = False
         self._peer: PeerIdentity | None = None
         self._sealer: Sealer | None = None
+        self.frame_sealer: FrameSealer | None = None
         self._deadline = math.inf
 
     @property
@@ -115,8 +116,8 @@ class SecurityContext:
                 self._proxy = self._open_proxy(token)
             answer = self._proxy.step(token) or b""
             # Also within the boundary: python-gssapi raises a step's deferred error only here.
-            if self._proxy.complete:
-                self._finish(self._proxy)
+            if (proxy := self._proxy).complete:
+                self._finish(proxy)
         except AuthenticationError:
             self._fail()
             raise
@@ -131,13 +132,18 @@ class SecurityContext:
         # It holds tokens and keys.
         self._proxy = None
 
-    def _finish(self, proxy: ContextProxy) -> None:
+    def _finish(self, proxy: Proxy) -> None:
         peer = self._check(proxy)
         if peer.expires_at is not None:
             self._deadline = time.monotonic() + (peer.expires_at - peer.authenticated_at).total_seconds()
         # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
-        inner = inner_context(proxy) or proxy
-        if peer.mechanism == "ntlm":
+        inner = inner_context(proxy)
+        assert inner is not None
+        self._proxy = None
+        self.frame_sealer = take_over(proxy, inner, initiator=self.usage == "initiate")
+        if self.frame_sealer is not None:
+            self._sealer = self.frame_sealer
+        elif peer.mechanism == "ntlm":
             self._sealer = ProxySealer(inner, NTLM_TRAILER_SIZE)
         elif (enctype := kerberos_enctype(inner)) is not None:
             self._sealer = GSSWrapSealer(inner, KERBEROS_TRAILER_SIZES[enctype])
@@ -183,6 +189,24 @@ class SecurityContext:
             return self._sealer.seal(message)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
             raise UnsealError(f"sealing failed: {_describe(exc)}") from None
+
+    def seal_frames(self, messages: Sequence[bytes]) -> bytes:
+        """Seal a batch. Only where there is a `frame_sealer`; see `FrameSealer.seal_frames`.
+
+        Raises:
+          UnsealError: see `seal`.
+        """
+        assert self.frame_sealer is not None
+        try:
+            return self.frame_sealer.seal_frames(messages)
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            raise UnsealError(f"sealing failed: {_describe(exc)}") from None
+
+    def open_frames(self, frames: list[bytes]) -> tuple[list[bytes], UnsealError | None]:
+        """Open a batch. Only where there is a `frame_sealer`; see `FrameSealer.open_frames`."""
+        assert self.frame_sealer is not None
+        messages, exc = self.frame_sealer.open_frames(frames)
+        return messages, None if exc is None else UnsealError(f"a message did not open: {exc}")
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         """Open what the peer sealed.

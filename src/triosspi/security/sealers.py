@@ -6,6 +6,7 @@ EncryptMessage with SECBUFFER_TOKEN and SECBUFFER_DATA; `open` takes what any pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from spnego import ContextProxy
@@ -26,13 +27,12 @@ _CONFOUNDER_SIZE: Final = 16
 
 
 class Sealer(Protocol):
-    """Seals and opens the messages of one context, in order. Not thread-safe.
+    """Seals and opens the messages of one context, in order. Not thread-safe."""
 
-    Attributes:
-      trailer_size: bytes of the trailers that it makes.
-    """
-
-    trailer_size: int
+    @property
+    def trailer_size(self) -> int:
+        """Bytes of the trailers that it makes."""
+        ...  # pragma: no cover
 
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal a message: (trailer, ciphertext)."""
@@ -43,6 +43,22 @@ class Sealer(Protocol):
 
         Raises:
           Exception: of any kind; the message did not open, and none ever will again.
+        """
+        ...  # pragma: no cover
+
+
+class FrameSealer(Sealer, Protocol):
+    """A sealer that handles whole batches, in the `framed` wire format's frames."""
+
+    def seal_frames(self, messages: Sequence[bytes]) -> bytes:
+        """Seal messages into frames, ``length | trailer_length | trailer | ciphertext``, in one buffer."""
+        ...  # pragma: no cover
+
+    def open_frames(self, frames: list[bytes]) -> tuple[list[bytes], Exception | None]:
+        """Open the insides of frames in order, up to and with the first empty message, or up to a bad one.
+
+        Returns:
+          The messages, and what is wrong with the frame behind the last of them, if anything.
         """
         ...  # pragma: no cover
 

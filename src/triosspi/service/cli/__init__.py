@@ -13,6 +13,7 @@ except ImportError:  # pragma: no cover - needs an installation without the extr
 
 from ... import __version__
 from ..._errors import SSPIError
+from ...security.native import available as sealing_is_native
 from ..client import ConnectError
 from . import accounts, connect, serve
 
@@ -41,10 +42,28 @@ def _fail(text: str, status: int = 1) -> NoReturn:
     sys.exit(status)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False)
-@click.version_option(__version__, prog_name="triosspi")
-def cli() -> None:
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False, invoke_without_command=True
+)
+@click.option("--version", is_flag=True, help="Show the version and exit.")
+@click.option("-v", "--verbose", is_flag=True, help="With --version: how messages are sealed, too.")
+@click.pass_context
+def cli(context: click.Context, version: bool, verbose: bool) -> None:
     """Windows-authenticated TCP: SSPI Negotiate, then sealed messages."""
+    if version:
+        _show_version(verbose)
+        context.exit()
+    if context.invoked_subcommand is None:
+        raise click.UsageError("Missing command.", context)
+    if verbose:
+        raise click.UsageError("-v goes with --version, or behind the command", context)
+
+
+def _show_version(verbose: bool) -> None:
+    click.echo(f"triosspi, version {__version__}")
+    if verbose:
+        for mechanism, native in sealing_is_native().items():
+            click.echo(f"{mechanism}: sealed {'natively' if native else 'by pyspnego'}")
 
 
 cli.add_command(serve.serve)
