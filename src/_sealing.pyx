@@ -5,13 +5,13 @@
 # (RFC 4121 over RFC 3962 and RFC 8009), byte for byte as any other implementation, for hardly more than the ciphers and
 # hashes themselves cost; a batch of messages in one call, straight into the buffer that is sent.
 #
-# Why it is hard: at 32 bytes the cryptography is 0.2 us. An allocation of a hash context, a system call for a random
+# Why it is hard: at 32 bytes the cryptography is 0.25 us. An allocation of a hash context, a system call for a random
 # number, an object for a signature each cost as much again. So everything that can be is done once per context or once
 # per process, and what is done per message is, in this order of cost:
 #
-#   - HMAC. Both states behind the key (inner and outer) are kept and copied, which is nearly twice as fast as hashing the
-#     padded keys again for MD5 and SHA-2 (0.24 against 0.42 us for 36 bytes under MD5), and faster than anything that EVP_MAC
-#     offers. The context that they are copied to is not a sealer's but the module's: see `borrow`.
+#   - HMAC. Both states behind the key (inner and outer) are kept and copied, which is nearly twice as fast as hashing
+#     the padded keys again (36 bytes: MD5 0.24 against 0.42 us, SHA-1 0.15 against 0.23), and faster than anything that
+#     EVP_MAC offers. The context that they are copied to is not a sealer's but the module's: see `borrow`.
 #   - The cipher. RC4 just runs on. AES runs on too: CBC contexts are never given the zero IV that each message starts
 #     from, since that costs more than encrypting 64 bytes does. A context always goes on from the last ciphertext block
 #     that it has seen, so that block is XORed into the first plaintext block: before encrypting, after decrypting.
@@ -19,13 +19,13 @@
 #   - The confounder (Kerberos): from the system's generator, 4 KiB at a time.
 #   - Python: one object for a whole batch of sealed frames, one per opened message.
 #
-# Rejected: EVP's own CTS mode and EVP_MAC (each twice the cost of the whole), libcrypto's low-level RC4 and MD5
-# (deprecated, 3 KiB less memory for two RC4 contexts, and no faster), primitives of our own (never).
+# Rejected: EVP's own CTS mode (0.14 against 0.07 us for 64 bytes of AES-256) and EVP_MAC (0.25 against 0.19 for a short
+# HMAC-SHA1), libcrypto's low-level RC4 (deprecated; 0.8 KiB less memory, no faster), primitives of our own (never).
 #
 # RC4 is only in OpenSSL's legacy provider. Loading that into the default library context would switch every old
-# cipher on for the whole process, so it is loaded into a context that nobody else sees. The rest of NTLM's is from there
-# too; Kerberos takes the default context, so that what the system's administrator has configured (FIPS) holds. Where
-# something is missing, `available` says so and nothing else here need be called.
+# cipher on for the whole process, so it is loaded into a context that nobody else sees. The rest of NTLM's is from
+# there too; Kerberos takes the default context, so that what the system's administrator has configured (FIPS) holds.
+# Where something is missing, `available` says so and nothing else here need be called.
 #
 # Invariants, true between any two calls:
 #
@@ -168,12 +168,12 @@ cdef tuple REASONS = (
 cdef str NO_MORE_OPENING = "nothing more opens: a message before this one did not"
 cdef str NO_MORE_SEALING = "nothing more can be sealed: libcrypto failed before"
 
-# Bytes in one call from which on other threads may run meanwhile. Measured (`bench/bench_sealing.py --threads`, two cores):
-# where both let go, two threads that seal do the work of 1.8 to 2 from 64 KiB on. But who lets go beside a thread that
-# is busy in Python may get the GIL back only after the interpreter's switch interval, 5 ms: that one sealed, of what it
-# does alone, 0.13 at 64 KiB, 0.1 to 0.3 at 256 KiB and 1 MiB, where one that keeps the GIL does 0.4 to 0.5 at any size. So
-# it is kept while others lose little by waiting: 256 KiB take 0.63 ms (Kerberos: 0.40), an eighth of what any
-# thread has to grant any other.
+# Bytes in one call from which on other threads may run meanwhile. Measured with `bench/bench_sealing.py --threads` on
+# two cores: where both let go, two threads that seal do up to twice the work of one from 64 KiB on. But who lets go
+# beside a thread that is busy in Python may get the GIL back only after the interpreter's switch interval, 5 ms: that
+# one sealed, of what it does alone, 0.13 at 64 KiB and 0.1 to 0.3 at 256 KiB and 1 MiB, where one that keeps the GIL
+# does 0.4 to 0.5. So it is kept while others lose little by waiting: 256 KiB take 0.63 ms (Kerberos: 0.40), an eighth
+# of what any thread has to grant any other.
 cdef size_t RELEASE_FROM = 262144
 
 # The most that one call of EVP_CipherUpdate is given: it counts in int. A multiple of the block.
@@ -335,7 +335,9 @@ cdef EVP_MD_CTX *new_digest(
     return NULL
 
 
-cdef bint new_mac(Mac *mac, const EVP_MD *digest, const byte *key, size_t key_size, size_t block, size_t zeros) noexcept:
+cdef bint new_mac(
+    Mac *mac, const EVP_MD *digest, const byte *key, size_t key_size, size_t block, size_t zeros
+) noexcept:
     """HMAC of messages that begin with `zeros` zero bytes, which will not be given again (RFC 8009 5: the IV)."""
     mac.inner = new_digest(digest, key, key_size, block, 0x36, zeros)
     mac.outer = new_digest(digest, key, key_size, block, 0x5C, 0)
@@ -349,7 +351,13 @@ cdef void free_mac(Mac *mac) noexcept:
 
 
 cdef inline bint authenticate(
-    EVP_MD_CTX *work, const Mac *mac, const byte *first, size_t first_size, const byte *second, size_t second_size, byte *to
+    EVP_MD_CTX *work,
+    const Mac *mac,
+    const byte *first,
+    size_t first_size,
+    const byte *second,
+    size_t second_size,
+    byte *to,
 ) noexcept nogil:
     """HMAC of first | second into `to`, which has room for DIGEST_MAX bytes."""
     cdef unsigned int size = 0
@@ -365,7 +373,7 @@ cdef inline bint authenticate(
 
 
 # The hash context that states are copied to. A sealer uses it from one end of a call to the other and no longer, and
-# calls that keep the GIL do not overlap, so one is enough for all: it saves each connection 0.2 KiB, and more under SHA-2.
+# calls that keep the GIL do not overlap, so one is enough for all: it saves each connection 0.2 KiB, more under SHA-2.
 # It is taken, not shared: while a call has released the GIL, others find none here and make one.
 cdef EVP_MD_CTX *spare = NULL
 
@@ -402,7 +410,7 @@ cdef bint derive_ntlm_key(EVP_MD_CTX *work, bytes session_key, bytes purpose, by
 
 
 cdef bint derive_key(const Enctype *enctype, const byte *key, const byte *constant, byte *to, size_t size) noexcept:
-    """DK(key, constant) of RFC 3961 5.1, or for RFC 8009's enctypes KDF-HMAC-SHA2 of its section 3; constant: 5 bytes."""
+    """DK(key, constant) of RFC 3961 5.1, for RFC 8009's enctypes KDF-HMAC-SHA2 of its section 3; constant: 5 bytes."""
     cdef OSSL_PARAM[6] parameters
     cdef EVP_KDF_CTX *context = EVP_KDF_CTX_new(kbkdf if enctype.mac_of_ciphertext else krb5kdf)
     cdef bint good
@@ -674,7 +682,7 @@ cdef class Sealer:
         cdef int state
         for i in range(count):
             frame = jobs[i].to
-            # Only now: sealing the message before this one has written here. No narrowing loses anything, see `add_job`.
+            # Only now: sealing the message before this one has written here. No narrowing loses anything: `add_job`.
             store_u32(frame, <uint32_t> (4 + self.trailer_size + jobs[i].size))
             store_u32(frame + 4, <uint32_t> self.trailer_size)
             state = self.seal_one(jobs[i].source, jobs[i].size, frame + PREFIX, work)
@@ -974,9 +982,9 @@ cdef const Enctype *find_enctype(object number) except NULL:
 
 @cython.final
 cdef class KerberosSealer(Sealer):
-    # Names for sizes of a token: the header, then `sealed` bytes of ciphertext (confounder, message, filler, copy of the
-    # header), then the MAC; and all behind the header turned right by RRC. Sealing turns by a block and the MAC, which
-    # brings them in front of the confounder's block: so the message's own bytes are the token's last, as in SSPI.
+    # A token is the header, then `sealed` bytes of ciphertext (confounder, message, filler, copy of the header), then
+    # the MAC; and all behind the header turned right by RRC. Sealing turns by a block and the MAC, which brings these
+    # in front of the confounder's block: so what is as long as the message comes last, as in SSPI.
     cdef Direction out
     cdef Direction into
     cdef size_t mac_size

@@ -17,23 +17,23 @@ from typing import final
 class SealingError(Exception):
     """A message did not open, or none can be sealed any more. The text holds no secrets.
 
-    After the first message that does not open, none ever does: its sealer refuses each with this. What was good before it
-    can still be answered: sealing goes on.
+    After the first message that does not open, none ever does: its sealer refuses each with this. What was good before
+    it can still be answered: sealing goes on.
     """
 
 def available() -> dict[str, bool]:
     """For ``"ntlm"`` and ``"kerberos"``, whether libcrypto here has what they need. Found out on the first call only.
 
-    NTLM needs RC4, which is in OpenSSL's legacy provider. That is loaded privately: nobody else gets RC4 by it. Where the
-    system demands FIPS mode there is no NTLM.
+    NTLM needs RC4, which is in OpenSSL's legacy provider. That is loaded privately: nobody else gets RC4 by it. Where
+    the system demands FIPS mode there is no NTLM.
     """
 
 @final
 class NTLMSealer:
-    """NTLM's message security, [MS-NLMP] 3.4.4.2, in the shape with extended session security, key exchange and 128 bits.
+    """NTLM's message security, [MS-NLMP] 3.4.4.2, with extended session security, key exchange and 128 bits.
 
-    Both RC4 streams begin anew. So this takes over where no message was sealed or signed yet, or where SPNEGO's mechListMIC
-    was, after which RC4 starts afresh and only the numbers go on.
+    Both RC4 streams begin anew. So this takes over where no message was sealed or signed yet, or where SPNEGO's
+    mechListMIC was, after which RC4 starts afresh and only the numbers go on.
 
     Args:
       session_key: the exported session key, 16 bytes.
@@ -89,8 +89,8 @@ class KerberosSealer:
     """Wrap tokens of RFC 4121 with confidentiality, for AES (RFC 3962 and RFC 8009). In all else see `NTLMSealer`.
 
     Seals without filler and turned right (RRC) so that the ciphertext is as long as the message, as SSPI's buffers are.
-    Opens with any filler and any rotation, wherever trailer and ciphertext were divided; the flags must be exactly those of
-    the other side, and the number the next one.
+    Opens with any filler and any rotation, wherever trailer and ciphertext were divided; the flags must be exactly
+    those of the other side, and the number the next one.
 
     Args:
       key: the acceptor's subkey if there is one, else the initiator's.
