@@ -1,3 +1,4 @@
-"""What holds for every test."""
+"""What holds for every test, and the fixtures that many share."""
 
 from peers.fixtures import no_public_realms  # noqa: F401 - an autouse fixture
+from peers.kerberos.fixtures import kdc, mit_kdc, samba_kdc  # noqa: F401 - fixtures

@@ -23,7 +23,6 @@ import trio.testing
 
 from forge import OID_KERBEROS, OID_NTLM, Client, neg_token_init, neg_token_resp
 from peers.kerberos import ENCTYPES, Kdc, Key, LineContext, read_keytab, write_keytab
-from peers.kerberos.fixtures import mit_kdc  # noqa: F401 - a fixture
 from peers.kerberos.kinds import MIT_RAW, MIT_SPNEGO, KerberosPeerKind
 from peers.requirements import require
 from triosspi import (
@@ -51,7 +50,7 @@ AES = {"aes128": 17, "aes256": 18, "aes128-sha2": 19, "aes256-sha2": 20}
 
 
 @pytest.fixture
-def kdc(mit_kdc: Kdc, monkeypatch: pytest.MonkeyPatch) -> Kdc:  # noqa: F811
+def kdc(mit_kdc: Kdc, monkeypatch: pytest.MonkeyPatch) -> Kdc:
     """The realm, with this process in it."""
     for name, value in mit_kdc.environment.items():
         monkeypatch.setenv(name, value)

@@ -3,8 +3,6 @@
 What a PAC may look like: ``test_pac.py``. What rules mean: ``test_authorization.py``.
 """
 
-# ruff: noqa: F811 - fixtures are imported, and then named as arguments
-
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from peers import wire
 from peers.kerberos import KERBEROS_PEERS, Kdc, KerberosPeerKind, Login
-from peers.kerberos.fixtures import SambaKdc, join, mit_kdc, samba_kdc  # noqa: F401 - the same
+from peers.kerberos.fixtures import SambaKdc, join
 from peers.kerberos.kinds import MIT_RAW, MIT_SPNEGO
 from peers.kerberos.samba import DOMAIN
 from peers.pyspnego_peer import PYSPNEGO_NTLM

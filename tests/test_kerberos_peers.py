@@ -3,8 +3,6 @@
 An initiator meets our live server, an acceptor our client. What only depends on the ticket: ``test_kerberos.py``.
 """
 
-# ruff: noqa: F811 - fixtures are imported, and then named as arguments
-
 from __future__ import annotations
 
 import random
@@ -35,7 +33,7 @@ from peers.kerberos import (
     read_keytab,
     write_keytab,
 )
-from peers.kerberos.fixtures import each_with_its_kdcs, join, kdc, mit_kdc, samba_kdc  # noqa: F401 - the same
+from peers.kerberos.fixtures import each_with_its_kdcs, join
 from peers.kerberos.kinds import (
     HEIMDAL_RAW,
     HEIMDAL_SPNEGO,

@@ -1,7 +1,5 @@
 """The Kerberos peers among themselves: what a test of ours takes for granted of them. Nothing of triosspi is in here."""
 
-# ruff: noqa: F811 - fixtures are imported, and then named as arguments
-
 from __future__ import annotations
 
 import dataclasses
@@ -33,7 +31,7 @@ from peers.kerberos import (
     read_keytab,
     write_keytab,
 )
-from peers.kerberos.fixtures import MitKdc, SambaKdc, each_with_its_kdcs, kdc, mit_kdc, samba_kdc  # noqa: F401 - the same
+from peers.kerberos.fixtures import MitKdc, SambaKdc, each_with_its_kdcs
 from peers.kerberos.kinds import HEIMDAL_RAW, HEIMDAL_SPNEGO, MIT_RAW, MIT_SPNEGO, PYTHON_GSSAPI_RAW
 from peers.kerberos.samba import available as samba_available
 from peers.requirements import require

@@ -9,7 +9,6 @@ import pytest
 
 from harness import make_sessions
 from peers.kerberos import Kdc
-from peers.kerberos.fixtures import mit_kdc  # noqa: F401 - a fixture
 from peers.kerberos.kinds import HEIMDAL_SPNEGO, MIT_RAW, MIT_SPNEGO, KerberosPeerKind
 from peers.requirements import require
 from test_kerberos import AES, log_in, new_session, receive, sealed
@@ -78,7 +77,7 @@ def test_ntlm_natively_talks_to_ntlm_by_pyspnego(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("service", AES)
 def test_without_the_extension_kerberos_is_sealed_by_its_library(
     without_native: None,
-    mit_kdc: Kdc,  # noqa: F811
+    mit_kdc: Kdc,
     monkeypatch: pytest.MonkeyPatch,
     peer: KerberosPeerKind,
     service: str,

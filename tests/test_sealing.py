@@ -26,7 +26,7 @@ from spnego._ntlm_raw.messages import NegotiateFlags
 from spnego._ntlm_raw.security import seal as pyspnego_seal
 
 import sealing_reference as reference
-from peers.kerberos.fixtures import MitKdc, mit_kdc  # noqa: F401 - a fixture
+from peers.kerberos.fixtures import MitKdc
 from peers.requirements import require
 
 try:
@@ -526,7 +526,7 @@ class MitContexts:
 
 
 @pytest.fixture
-def mit(mit_kdc: MitKdc, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], MitContexts]:  # noqa: F811
+def mit(mit_kdc: MitKdc, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], MitContexts]:
     class GSSAPI:
         @staticmethod
         def available() -> str | None:

@@ -159,6 +159,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         self.tracer = tracer
         self._run_blocking = run_blocking
         self._state = _State.OK
+        # OK, and the handshake over: what every message asks first.
+        self._ready = False
         self._cause: BaseException | None = None
         self._handshake_started = False
         self._handshake_over = trio.Event()
@@ -215,6 +217,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         if self._state is not _State.OK:
             return
         self._state = _State.BROKEN
+        self._ready = False
         self._cause = exc
         if isinstance(exc, trio.BrokenResourceError):
             # The stream's own error says only that; what it was is behind it. And an acceptor that
@@ -252,6 +255,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 # In any case, or whoever else waits for the handshake waits for ever.
                 self._handshake_over.set()
         self._check_usable()
+        self._ready = True
 
     async def _handshake(self) -> None:
         session = self._session
@@ -301,11 +305,13 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         See `send` for details. When one message cannot be sent, none is.
         """
         with self._sending:
-            self._check_usable()
-            await self._ensure_handshake(checkpoint=False)
+            if not self._ready:
+                self._check_usable()
+                await self._ensure_handshake(checkpoint=False)
             # Here a cancellation costs nothing yet.
             await trio.lowlevel.checkpoint_if_cancelled()
-            self._check_usable()
+            if not self._ready:
+                self._check_usable()
             if self._session.peer_left:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 # The cause tells it from a lost connection.
@@ -353,8 +359,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
 
     async def _fill(self) -> None:
         """Have at least one opened message."""
-        self._check_usable()
-        await self._ensure_handshake(checkpoint=False)
+        if not self._ready:
+            self._check_usable()
+            await self._ensure_handshake(checkpoint=False)
         session = self._session
         # What is opened is stored before the checkpoint, so that a cancellation cannot lose it.
         with self._cancel_safe:
@@ -363,13 +370,15 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             if self._opened:
                 await trio.lowlevel.checkpoint()
             while not self._opened:
-                # Closed meanwhile? Then what was opened is gone, and the peer's end is not ours to tell.
-                self._check_usable()
+                if not self._ready:
+                    # Closed meanwhile? Then what was opened is gone, and the peer's end is not ours to tell.
+                    self._check_usable()
                 if session.receive_ended:
                     raise trio.EndOfChannel
                 session.receive_data(await self.transport_stream.receive_some())
                 self._opened.extend(session.next_messages())
-        self._check_usable()
+        if not self._ready:
+            self._check_usable()
 
     # Closing
 
@@ -387,6 +396,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         established = self._session.established and self._handshake_over.is_set()
         polite = self._state is _State.OK and established and not self._sending.held
         self._state = _State.CLOSED
+        self._ready = False
         self._opened.clear()
         try:
             if self.tracer is not None:

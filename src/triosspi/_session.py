@@ -97,6 +97,8 @@ class Session:
         # What comes behind the messages already opened: an error, or an end as it should be.
         self._ending: RemoteProtocolError | Literal["end"] | None = None
         self.receive_ended = False
+        # Bytes have come that were not looked at for messages.
+        self._unread = False
 
     @property
     def accepts(self) -> bool:
@@ -130,6 +132,7 @@ class Session:
 
     def receive_data(self, data: bytes | bytearray) -> None:
         """Store what the transport gave; empty is the end of the stream."""
+        self._unread = True
         self._codec.feed(data)
 
     def next_token(self) -> bytes | None:
@@ -217,7 +220,10 @@ class Session:
           RemoteProtocolError: nothing more can come.
         """
         messages: list[bytes] = []
-        if self._ending is None and not self.receive_ended:
+        if self._unread and self._ending is None and not self.receive_ended:
+            # All that is whole is opened now, so nothing is left to see before the next `receive_data` but,
+            # behind it, the end.
+            self._unread = self._codec.ended
             try:
                 self._open_records(messages)
             except RemoteProtocolError as exc:

@@ -105,6 +105,11 @@ class Codec:
         else:
             self._eof = True
 
+    @property
+    def ended(self) -> bool:
+        """The stream has ended."""
+        return self._eof
+
     def discard(self) -> None:
         """Forget whatever was received and not looked at."""
         self._scanner.take_rest()

@@ -44,7 +44,7 @@ def _available() -> str | None:
     return None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that was free both ways a moment ago."""
     with ExitStack() as stack:
         tcp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -63,7 +63,7 @@ class MitRealm:
 
         self._realm: K5Realm = K5Realm(
             # By default all KDCs of a machine take port 61000, and those of two test runs answer for each other.
-            portbase=_free_port(),
+            portbase=free_port(),
             krb5_conf={
                 "libdefaults": {
                     "dns_lookup_realm": "false",

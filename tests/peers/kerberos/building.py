@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -54,13 +55,22 @@ def available(library: Library) -> str | None:
     return None
 
 
-@functools.cache
+_building = threading.Lock()
+
+
 def program(side: Literal["initiator", "acceptor"], library: Library) -> str:
     """The path of the program.
 
     Raises:
         RuntimeError: it cannot be built, with what the compiler said.
     """
+    # A cache alone lets two threads build at once, and one run what the other's compiler still writes.
+    with _building:
+        return _built_program(side, library)
+
+
+@functools.cache
+def _built_program(side: Literal["initiator", "acceptor"], library: Library) -> str:
     config = _config_program(library)
     assert config is not None, "ask available() first"
 

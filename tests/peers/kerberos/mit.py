@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ..base import missing_module
-from ..mit_realm import _free_port as free_port
+from ..mit_realm import free_port
 from ..requirements import require
 from . import keytabs
 from .realm import ENCTYPES, Kdc, RealmError, Service, find_program, missing_program, run

@@ -62,15 +62,19 @@ class LineProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, password: str | None = None) -> None:
         # What a program says before it dies; read only then.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            env=environment,
-            encoding="utf-8",
-            errors="replace",  # a library's message, in whatever it writes it in
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                env=environment,
+                encoding="utf-8",
+                errors="replace",  # a library's message, in whatever it writes it in
+            )
+        except BaseException:
+            self._stderr.close()
+            raise
         try:
             if password is not None:
                 self._write(to_hex(password.encode()))

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ..mit_realm import _free_port as free_port
+from ..mit_realm import free_port
 from ..requirements import require
 from .realm import ENCTYPES, Kdc, RealmError, Service, find_program, missing_program, run
 
