@@ -26,14 +26,14 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint bench setup clean
+.PHONY: help serve test test-all lint bench bench-here setup clean
 
 help:
 	@echo 'make serve   set up what is missing, then serve on port 2000 (options: make serve ARGS="--port 0 -v")'
 	@echo 'make test    set up what is missing, then run every test     (options: make test ARGS="-k framing")'
 	@echo 'make test-all  the same with every Python of PYTHONS="$(PYTHONS)" that is here'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make bench   measure the framing, logins, and logins in hostile company'
+	@echo 'make bench   measure, beside others (options: make bench ARGS="--quick"; see bench/README.md)'
 	@echo 'make setup   only the set-up'
 	@echo 'make clean   remove all that make made'
 	@echo 'PYTHON=/path/to/python3.x chooses the interpreter that .venv is made with (3.11 or newer).'
@@ -62,10 +62,12 @@ lint: $(STAMPS)/os-serve $(STAMPS)/built
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMPS)/os-serve $(STAMPS)/built
-	$(BIN)/python bench/bench_framing.py $(ARGS)
-	$(BIN)/python bench/bench_handshake.py $(ARGS)
-	$(BIN)/python bench/bench_crowd.py $(ARGS)
+# In an environment of its own: the tests' gssapi is unoptimised, and would make the others slow.
+bench:
+	@$(MAKE) --no-print-directory bench-here VENV=.venvs/bench EXTRAS=server,test,bench ARGS="$(ARGS)"
+
+bench-here: $(STAMPS)/os-test $(STAMPS)/built $(STAMPS)/bench-kerberos
+	$(BIN)/python bench/run.py $(ARGS)
 
 setup: $(STAMPS)/os-serve $(STAMPS)/built
 
@@ -97,8 +99,8 @@ $(STAMPS)/installed: pyproject.toml setup.py | $(STAMPS)/venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[$(EXTRAS)]'
 	@touch $@
 
-# The installation has built the extension; after a change of its source alone this rebuilds it, without the network.
-$(STAMPS)/built: src/_framing.pyx $(STAMPS)/installed
+# The installation has built the extensions; after a change of their sources alone this rebuilds them, without the network.
+$(STAMPS)/built: src/_framing.pyx src/_sealing.pyx $(STAMPS)/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
@@ -110,3 +112,9 @@ $(STAMPS)/peers: tests/peers/requirements.txt tests/peers/requirements-no-deps.t
 	    $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/peers/requirements-no-deps.txt; \
 	then touch $@; \
 	else case "$$CI" in '' | 0 | false | no) echo 'some tests will be skipped, for want of that' >&2;; *) exit 1;; esac; fi
+
+# Without it the Kerberos rows are missing.
+$(STAMPS)/bench-kerberos: $(STAMPS)/installed
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[kerberos]' || \
+	    echo 'Kerberos will not be measured, for want of that' >&2
+	@touch $@
