@@ -30,6 +30,7 @@ from triosspi import (
     AuthenticationError,
     ConfigurationError,
     Initiator,
+    PeerIdentity,
     RemoteProtocolError,
     ServerStatistics,
     SSPIChannel,
@@ -38,7 +39,7 @@ from triosspi import (
     serve_sspi_over_tcp,
 )
 from triosspi._session import Session
-from triosspi.security import kerberos
+from triosspi.security import kerberos, policy
 from triosspi.security.accounts import AccountTable
 from triosspi.security.identity import ContextFlag
 from triosspi.security.sealers import GSSWrapSealer
@@ -541,6 +542,30 @@ async def server(kdc: Kdc, nursery: trio.Nursery, caplog: pytest.LogCaptureFixtu
     )
     port = listeners[0].transport_listener.socket.getsockname()[1]
     return SimpleNamespace(port=port, statistics=statistics, log=caplog, target=kdc.services["aes256"].target)
+
+
+async def test_a_handler_is_ended_with_its_peers_ticket_and_the_peer_is_told_goodbye(
+    kdc: Kdc, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    real = policy._ticket_peer
+
+    def short_lived(ticket: kerberos.Ticket) -> PeerIdentity:
+        return real(replace(ticket, lifetime=0.2))
+
+    async def handler(channel: SSPIChannel[trio.SocketStream]) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(policy, "_ticket_peer", short_lived)
+    statistics = ServerStatistics()
+    listeners = await nursery.start(
+        partial(serve_sspi_over_tcp, handler, 0, acceptor(kdc), host="127.0.0.1", statistics=statistics)
+    )
+    initiator = Initiator(ccache=kdc.ccache(), target=kdc.services["aes256"].target, mechanism="kerberos")
+    stream = await trio.open_tcp_stream("127.0.0.1", listeners[0].transport_listener.socket.getsockname()[1])
+    async with SSPIChannel(stream, initiator) as channel:
+        with pytest.raises(trio.EndOfChannel):
+            await channel.receive()
+    assert statistics.expired == 1
 
 
 async def talk(server: SimpleNamespace, **options: Any) -> bytes:
