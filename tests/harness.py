@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import trio
@@ -115,7 +116,7 @@ class PlainContext:
         self.trailer_size = trailer_size
         self.frame_sealer = None
         self.package_name = "Plain"
-        self.peer = None
+        self.peer = SimpleNamespace(expires_at=None)
         self.tokens: list[bytes | None] = []
         self.on_seal: Callable[[], None] = lambda: None
         self._answers = list(answers)

@@ -29,6 +29,7 @@ from harness import (
     shake_hands,
 )
 from triosspi import SSPIChannel, TruncatedError, WireFormat
+from triosspi.security.context import SecurityContext
 
 Call = Callable[[], Awaitable[Any]]
 
@@ -512,14 +513,14 @@ async def test_a_transport_that_breaks_during_the_farewell_is_closed_and_nobody_
     await expect(trio.ClosedResourceError, client.receive)
 
 
-async def test_a_context_that_cannot_seal_the_goodbye_is_closed_and_nobody_is_told():
+async def test_a_context_that_cannot_seal_the_goodbye_is_closed_and_nobody_is_told(monkeypatch):
     client, _ = await connected_channels()
     calls = calls_since_handshake(client)
 
-    def fail(_message: bytes) -> tuple[bytes, bytes]:
+    def fail(_self: SecurityContext, _message: bytes) -> tuple[bytes, bytes]:
         raise triosspi.UnsealError("worn out")
 
-    client._session._context.seal = fail
+    monkeypatch.setattr(SecurityContext, "seal", fail)
     with trio.testing.assert_checkpoints():
         await client.aclose()
     assert calls == ["aclose"]

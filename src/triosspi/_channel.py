@@ -25,11 +25,10 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import trio
 
@@ -44,6 +43,9 @@ _GOODBYE_TIMEOUT: Final = 1.0
 #: Seconds and bytes; how long `aclose` waits for the peer's end, and how much it reads meanwhile.
 _DRAIN_TIMEOUT: Final = 1.0
 _DRAIN_LIMIT: Final = 1024 * 1024
+
+# One for all channels: it is replaced, never filled.
+_NOTHING: Final[list[bytes]] = []
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 
@@ -73,6 +75,8 @@ class _State(enum.Enum):
 class _ConflictDetector:
     """Lets one task in at a time; a second one is an error of the program."""
 
+    __slots__ = ("_freed", "_text", "held")
+
     def __init__(self, text: str) -> None:
         self._text = text
         self._freed: trio.Event | None = None
@@ -98,11 +102,10 @@ class _ConflictDetector:
 class _Translate:
     """Turns what the transport and the session raise into the channel's state and Trio's errors."""
 
-    def __init__(
-        self, break_channel: Callable[[BaseException], None], raise_state: Callable[[], None], *, cancel_breaks: bool
-    ) -> None:
-        self._break_channel = break_channel
-        self._raise_state = raise_state
+    __slots__ = ("_cancel_breaks", "_channel")
+
+    def __init__(self, channel: SSPIChannel[Any], *, cancel_breaks: bool) -> None:
+        self._channel = channel
         self._cancel_breaks = cancel_breaks
 
     def __enter__(self) -> None:
@@ -111,11 +114,12 @@ class _Translate:
     def __exit__(self, _type: type[BaseException] | None, exc: BaseException | None, _tb: TracebackType | None) -> None:
         if exc is None or isinstance(exc, LocalProtocolError):
             return
+        channel = self._channel
         if isinstance(exc, (RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)):
-            self._break_channel(exc)
-            self._raise_state()
+            channel._break(exc)  # noqa: SLF001 - a part of the channel
+            channel._check_usable()  # noqa: SLF001
         elif self._cancel_breaks or not isinstance(exc, (trio.Cancelled, trio.EndOfChannel)):
-            self._break_channel(exc)
+            channel._break(exc)  # noqa: SLF001
 
 
 class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
@@ -144,6 +148,26 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
       tracer: see above.
     """
 
+    # An idle connection is this, a session, a sealer and a task: each field counts, thousands of times.
+    __slots__ = (
+        "__weakref__",
+        "_breaking",
+        "_cancel_safe",
+        "_cause",
+        "_handshake_ended",
+        "_handshake_over",
+        "_next",
+        "_opened",
+        "_ready",
+        "_receiving",
+        "_run_blocking",
+        "_sending",
+        "_session",
+        "_state",
+        "tracer",
+        "transport_stream",
+    )
+
     def __init__(
         self,
         transport_stream: StreamT,
@@ -162,14 +186,16 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         # OK, and the handshake over: what every message asks first.
         self._ready = False
         self._cause: BaseException | None = None
-        self._handshake_started = False
-        self._handshake_over = trio.Event()
-        self._breaking = _Translate(self._break, self._check_usable, cancel_breaks=True)
-        self._cancel_safe = _Translate(self._break, self._check_usable, cancel_breaks=False)
+        # While the handshake runs, what other tasks wait for.
+        self._handshake_over: trio.Event | None = None
+        self._handshake_ended = False
+        self._breaking = _Translate(self, cancel_breaks=True)
+        self._cancel_safe = _Translate(self, cancel_breaks=False)
         self._sending = _ConflictDetector("another task is sending on this SSPIChannel")
         self._receiving = _ConflictDetector("another task is receiving on this SSPIChannel")
-        # Opened, and not returned yet.
-        self._opened: deque[bytes] = deque()
+        # A batch as it was opened, and which of it `receive` returns next; empty when all are returned.
+        self._opened = _NOTHING
+        self._next = 0
 
     # What the handshake found
 
@@ -241,19 +267,21 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         await self._ensure_handshake(checkpoint=True)
 
     async def _ensure_handshake(self, *, checkpoint: bool) -> None:
-        if self._session.established and self._handshake_over.is_set():
+        if self._handshake_ended:
             if checkpoint:
                 await trio.lowlevel.checkpoint()
-        elif self._handshake_started:
+        elif self._handshake_over is not None:
             await self._handshake_over.wait()
         else:
-            self._handshake_started = True
+            self._handshake_over = trio.Event()
             try:
                 with self._breaking:
                     await self._handshake()
             finally:
                 # In any case, or whoever else waits for the handshake waits for ever.
                 self._handshake_over.set()
+                self._handshake_over = None
+                self._handshake_ended = True
         self._check_usable()
         self._ready = True
 
@@ -343,7 +371,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         """
         with self._receiving:
             await self._fill()
-            return self._opened.popleft()
+            message = self._opened[self._next]
+            self._next += 1
+            if self._next == len(self._opened):
+                self._opened, self._next = _NOTHING, 0
+            return message
 
     async def receive_many(self) -> list[bytes]:
         """Every message at hand, at least one.
@@ -353,8 +385,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         """
         with self._receiving:
             await self._fill()
-            messages = list(self._opened)
-            self._opened.clear()
+            # The batch itself, as it was opened, unless `receive` has taken of it.
+            messages = self._opened[self._next :] if self._next else self._opened
+            self._opened, self._next = _NOTHING, 0
             return messages
 
     async def _fill(self) -> None:
@@ -366,7 +399,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         # What is opened is stored before the checkpoint, so that a cancellation cannot lose it.
         with self._cancel_safe:
             if not self._opened:
-                self._opened.extend(session.next_messages())
+                self._opened = session.next_messages()
             if self._opened:
                 await trio.lowlevel.checkpoint()
             while not self._opened:
@@ -376,7 +409,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 if session.receive_ended:
                     raise trio.EndOfChannel
                 session.receive_data(await self.transport_stream.receive_some())
-                self._opened.extend(session.next_messages())
+                self._opened = session.next_messages()
         if not self._ready:
             self._check_usable()
 
@@ -393,11 +426,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         if self._state is _State.CLOSED:
             await trio.lowlevel.checkpoint()
             return
-        established = self._session.established and self._handshake_over.is_set()
+        established = self._session.established and self._handshake_ended
         polite = self._state is _State.OK and established and not self._sending.held
         self._state = _State.CLOSED
         self._ready = False
-        self._opened.clear()
+        self._opened, self._next = _NOTHING, 0
         try:
             if self.tracer is not None:
                 self.tracer.closed()

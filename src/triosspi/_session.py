@@ -76,6 +76,20 @@ class Session:
           goodbye, or the format lets it say nothing more.
     """
 
+    __slots__ = (
+        "_batches",
+        "_codec",
+        "_context",
+        "_ending",
+        "_rounds",
+        "_said_all",
+        "_tracer",
+        "_unproven",
+        "_unread",
+        "_wire",
+        "receive_ended",
+    )
+
     def __init__(
         self,
         credential: Acceptor | Initiator,

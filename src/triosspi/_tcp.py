@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, NoReturn, TypeAlias
@@ -17,6 +17,7 @@ from ._errors import TruncatedError
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .security.credentials import Acceptor, Initiator
+from .security.identity import PeerIdentity
 
 log = logging.getLogger("triosspi.server")
 
@@ -228,19 +229,22 @@ async def serve_sspi_listeners(
     """
     counts = statistics if statistics is not None else ServerStatistics()
 
-    async def serve(channel: TCPChannel) -> None:
-        await serve_connection(channel, handler, handshake_timeout, counts)
-
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(_accept_forever, listener, serve, handler_nursery or nursery, counts)
+            nursery.start_soon(
+                _accept_forever, listener, handler_nursery or nursery, handler, handshake_timeout, counts
+            )
         # A nursery's block would end here, and the listeners' tasks never do.
         task_status.started(listeners)
     raise AssertionError("unreachable")  # pragma: no cover
 
 
 async def _accept_forever(
-    listener: TCPListener, serve: Handler, nursery: trio.Nursery, counts: ServerStatistics
+    listener: TCPListener,
+    nursery: trio.Nursery,
+    handler: Handler,
+    handshake_timeout: float,
+    counts: ServerStatistics,
 ) -> NoReturn:
     async with listener:
         while True:
@@ -259,7 +263,7 @@ async def _accept_forever(
                     raise
             else:
                 counts.accepted += 1
-                nursery.start_soon(serve, channel)
+                nursery.start_soon(serve_connection, channel, handler, handshake_timeout, counts)
 
 
 async def serve_connection(
@@ -308,28 +312,29 @@ async def _run_handler(channel: TCPChannel, handler: Handler, source: str, count
         async with channel:
             # Accounted for within the block: closing takes its time, and when cancelled replaces the
             # handler's error.
-            await _call_handler(channel, handler, source, counts)
+            try:
+                with _lifetime(channel.peer) as in_time:
+                    await handler(channel)
+                if in_time is not None and in_time.cancelled_caught:
+                    counts.expired += 1
+                    log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
+            except Exception as exc:  # noqa: BLE001 - logged with its traceback
+                _account_for(exc, channel, source, counts)
+            except BaseExceptionGroup as group:
+                # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
+                errors = group.subgroup(Exception)
+                if errors is not None:
+                    _account_for(errors, channel, source, counts)
+                raise
     except Exception as exc:  # noqa: BLE001 - logged with its traceback
         _account_for(exc, channel, source, counts)
 
 
-async def _call_handler(channel: TCPChannel, handler: Handler, source: str, counts: ServerStatistics) -> None:
-    expires_at = channel.peer.expires_at
-    seconds = math.inf if expires_at is None else (expires_at - datetime.now(UTC)).total_seconds()
-    try:
-        with trio.move_on_after(max(0.0, seconds)) as in_time:
-            await handler(channel)
-        if in_time.cancelled_caught:
-            counts.expired += 1
-            log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
-    except Exception as exc:  # noqa: BLE001 - logged with its traceback
-        _account_for(exc, channel, source, counts)
-    except BaseExceptionGroup as group:
-        # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
-        errors = group.subgroup(Exception)
-        if errors is not None:
-            _account_for(errors, channel, source, counts)
-        raise
+def _lifetime(peer: PeerIdentity) -> AbstractContextManager[trio.CancelScope | None]:
+    """A scope that ends with the peer's ticket; none where there is no ticket, since a scope has its price."""
+    if peer.expires_at is None:
+        return nullcontext()
+    return trio.move_on_after(max(0.0, (peer.expires_at - datetime.now(UTC)).total_seconds()))
 
 
 def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:

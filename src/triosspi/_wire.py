@@ -92,6 +92,8 @@ class Codec:
     #: Bytes; the longest token that may be sent.
     token_limit: int = MAX_TOKEN_SIZE
 
+    __slots__ = ("_eof", "_max_message_size", "_scanner", "_trailer_size")
+
     def __init__(self, max_message_size: int) -> None:
         self._scanner = FrameScanner(MAX_TOKEN_SIZE)
         self._max_message_size = max_message_size
@@ -200,6 +202,7 @@ def _split(record: bytes) -> Record:
 class FramedCodec(Codec):
     """`WireFormat.FRAMED`."""
 
+    __slots__ = ()
     has_goodbye = True
 
     def begin_records(self, trailer_size: int) -> None:
@@ -241,6 +244,7 @@ class FramedCodec(Codec):
 class SampleCodec(Codec):
     """`WireFormat.SAMPLE`."""
 
+    __slots__ = ("_delivered", "_received")
     has_goodbye = False
     token_limit = SAMPLE_TOKEN_SIZE
 

@@ -78,6 +78,20 @@ class SecurityContext:
       frame_sealer: seals whole batches; None where sealing is not native.
     """
 
+    __slots__ = (
+        "_check",
+        "_deadline",
+        "_failed",
+        "_may_block",
+        "_open_proxy",
+        "_peer",
+        "_proxy",
+        "_sealer",
+        "established",
+        "frame_sealer",
+        "usage",
+    )
+
     def __init__(
         self,
         usage: Usage,
@@ -151,6 +165,8 @@ class SecurityContext:
             self._sealer = ProxySealer(inner, inner.query_message_sizes().header)
         self._peer = peer
         self.established = True
+        # What was for the handshake: an established context may live for days, and thousands do.
+        del self._open_proxy, self._check, self._may_block
 
     @property
     def peer(self) -> PeerIdentity:
