@@ -97,6 +97,12 @@ def test_a_rule_that_means_nothing_is_refused_when_the_acceptor_is_made(kind: st
         Acceptor(accounts=AccountTable(), **{kind: [rule]})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", ["spns", "allow", "deny", "require_groups", "target_names", "mechanisms"])
+def test_one_name_where_a_collection_is_due_is_refused_when_the_acceptor_is_made(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{option} is a collection: write \['ntlm'\]"):
+        Acceptor(accounts=AccountTable(), **{option: "ntlm"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("sid", ["Domain Users", "S-1", "513", "S-1-5-"])
 def test_a_group_that_is_no_sid_is_refused_when_the_acceptor_is_made(sid: str) -> None:
     with pytest.raises(ConfigurationError, match="no SID"):
