@@ -190,11 +190,11 @@ class Acceptor:
         )
 
     def _may_block(self) -> bool:
-        # Inline where nothing can block. bench/bench_login_threads.py, a quick run with 16 logins at once beside
-        # 100 connections: NTLM 286 logins a second inline and 272 with a thread for each step, the others'
-        # p50 9.6 ms and 13.6; Kerberos 389 and 416, 7.9 and 7.9. With 64 at once a thread halves Kerberos's
-        # p99 (64 and 31 ms) and doubles its p50 (8.5 and 16); NTLM's are 59 and 63, 53 and 56. So a thread is
-        # no gain, but where somebody's account source, or a changed account file, is read from a disk.
+        # Inline where nothing can block: a thread is no gain. By bench/bench_login_threads.py (a quick run), logins
+        # a second inline and with a thread for each step, and the p50 of 100 other connections meanwhile, in ms:
+        # 16 NTLM logins at once 286 and 257, 10.2 and 9.7; 64 of them 371 and 361, 54 and 55; 16 of Kerberos 479
+        # and 472, 8.2 and 7.6; 64 of them 454 and 451, 8.5 and 19. What may wait for a disk, an account source
+        # or an account file that has changed, gets its thread.
         return _WINDOWS or bool(getattr(self.accounts, "may_block", self.accounts is not None))
 
     def _open_proxy(self, token: bytes | None) -> Proxy:
