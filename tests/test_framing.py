@@ -429,6 +429,10 @@ def test_a_payload_that_came_in_one_piece_is_that_piece() -> None:
 # ---- memory and time ----
 
 
+# Bytes; what the interpreter and the test runner's threads may allocate meanwhile. All that is looked for is larger.
+NOISE = 20_000
+
+
 def held_by(action: Any) -> tuple[Any, int, int]:
     """An action's result, how many bytes remain allocated after it, and the most that were during it."""
     tracer = sys.gettrace()
@@ -454,7 +458,7 @@ def test_no_memory_is_held_for_a_length_only_announced() -> None:
         return scanner
 
     _, _, peak = held_by(announce)
-    assert peak < 2000
+    assert peak < NOISE
 
 
 @pytest.mark.parametrize("piece_size", [100, 1460, 65536])
@@ -467,7 +471,7 @@ def test_memory_for_an_unfinished_frame_is_at_most_twice_what_arrived(piece_size
             scanner.feed(bytes(piece_size))
             assert scanner.next_frame() is None
             now, _ = tracemalloc.get_traced_memory()
-            assert now < 2 * count * piece_size + 1000
+            assert now < 2 * count * piece_size + NOISE
 
     _, now, _ = held_by(arrive)
     assert now >= pieces * piece_size
@@ -489,7 +493,7 @@ def test_a_gathered_frame_takes_no_more_memory_than_its_length() -> None:
     frame, now, _ = held_by(gather)
     assert frame == b"x" * size
     assert sys.getsizeof(frame) == sys.getsizeof(b"") + size
-    assert now < size + 1000
+    assert now < size + NOISE
 
 
 @pytest.mark.parametrize("look", ["after every byte", "at the end"])
@@ -547,7 +551,7 @@ def test_a_scanner_dropped_with_an_unfinished_frame_frees_it() -> None:
             scanner.feed(b"behind")
 
     _, now, _ = held_by(drop)
-    assert now < 5000
+    assert now < NOISE
 
 
 # ---- packing and splitting ----
