@@ -207,7 +207,6 @@ class Login:
     account: Account
     session_key: bytes = field(repr=False)
     flags: int
-    has_mic: bool
 
 
 # Whoever is not in the account file is verified against this, so that it takes as long.
@@ -258,14 +257,13 @@ def verify(
         raise AuthenticationError(f"NTLM: the account {who} is disabled")
 
     session_key = rc4k(session_base_key, message.encrypted_session_key)
-    has_mic = promises_mic(pairs)
-    if has_mic:
+    if promises_mic(pairs):
         _check_mic(message, session_key, negotiate + challenge, who)
     elif policy.require_mic:
         raise AuthenticationError(f"NTLM: the client of {who} sends no MIC")
     _check_channel_bindings(pairs, policy, who)
     _check_target(pairs, policy, who)
-    return Login(account, session_key, message.flags, has_mic)
+    return Login(account, session_key, message.flags)
 
 
 def _check_form(message: Authenticate, challenge: bytes) -> None:

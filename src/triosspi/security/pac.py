@@ -48,9 +48,6 @@ class _Reader:
     def align(self, size: int) -> None:
         self._at += -self._at % size
 
-    def u16(self) -> int:
-        return int.from_bytes(self.take(2), "little")
-
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "little")
 

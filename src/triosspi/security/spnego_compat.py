@@ -9,7 +9,8 @@ names changes its shape underneath. What is used, and why the public API does no
   variable, for the whole process, from top to bottom on each login; and because its verification of
   AUTHENTICATE is not strict (see `ntlm`).
 * `GSSAPIProxy`, to hand it a credential of our own.
-* the names of its loggers, which at DEBUG write whole tokens; and of its `md4` and `rc4k`, primitives that neither the standard library nor OpenSSL 3 offers.
+* the names of its loggers, which at DEBUG write whole tokens; and of its `md4` and `rc4k`, primitives
+  that neither the standard library nor OpenSSL 3 offers.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ __all__ = [
     "MECHANISMS",
     "AcceptorKerberos",
     "AcceptorNTLM",
-    "GSSMech",
     "InitiatorNegotiate",
     "Proxy",
     "allow_token_logging",
@@ -167,7 +167,6 @@ class AcceptorNTLM(NTLMProxy):
         self._session_key = login.session_key
         # A plain int here would do, but pyspnego's key derivation tests it against its own enum.
         self._context_attr = login.flags
-        self._mic_required = login.has_mic
         self._raw_negotiate = self._raw_challenge = b""
         self._complete = True
 
