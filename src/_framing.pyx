@@ -40,6 +40,7 @@
 cimport cython
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
+    PyBytes_Check,
     PyBytes_CheckExact,
     PyBytes_FromStringAndSize,
     PyBytes_GET_SIZE,
@@ -363,6 +364,18 @@ cdef size_t checked_sum(size_t left, size_t right) except? 0:
     if total > OBJECT_MAX:
         raise ValueError("the result would be larger than an object can be")
     return total
+
+
+def sizes_within(values, size_t least, size_t most):
+    cdef object value
+    cdef size_t size
+    for value in values:
+        if not PyBytes_Check(value):
+            return False
+        size = length_of(<bytes> value)
+        if size < least or size > most:
+            return False
+    return True
 
 
 def pack_frame(bytes payload not None):

@@ -4,7 +4,7 @@ It is honest, not fast: one buffer, frames cut from its front. (Cutting the fron
 It has none of the compiled module's promises about memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 MAX_LENGTH = 0xFFFFFFFF
 
@@ -105,6 +105,10 @@ def pack_record(trailer: bytes, data: bytes) -> bytes:
 
 def pack_framed_records(records: Sequence[tuple[bytes, bytes]]) -> bytes:
     return b"".join(pack_frame(pack_record(trailer, data)) for trailer, data in records)
+
+
+def sizes_within(values: Iterable[object], least: int, most: int) -> bool:
+    return all(isinstance(value, bytes) and least <= len(value) <= most for value in values)
 
 
 def split_record(record: bytes) -> tuple[bytes, bytes]:

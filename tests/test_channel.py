@@ -608,6 +608,25 @@ async def test_a_second_user_is_busy_during_the_handshake_too():
         await client.send(b"first")
 
 
+async def test_two_tasks_do_not_share_what_is_left_of_a_batch():
+    client, server = await connected_channels()
+    await client.send_many([b"1", b"2", b"3"])
+    assert await server.receive() == b"1"
+    outcomes: list[object] = []
+
+    async def receive() -> None:
+        try:
+            outcomes.append(await server.receive())
+        except trio.BusyResourceError:
+            outcomes.append("busy")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        nursery.start_soon(receive)
+    assert sorted(map(str, outcomes)) == ["b'2'", "busy"]
+    assert await server.receive() == b"3"
+
+
 async def test_one_may_send_while_another_receives():
     client, server = await connected_channels(trio.testing.lockstep_stream_pair)
     async with trio.open_nursery() as nursery:

@@ -652,6 +652,37 @@ def test_what_does_not_fit_a_length_of_four_bytes_is_refused() -> None:
         compiled.pack_framed_records([(huge, b"")])
 
 
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("make", [list, tuple, iter])
+@pytest.mark.parametrize(
+    ("values", "good"),
+    [
+        ([], True),
+        ([b"a"], True),
+        ([b"a", b"abc"], True),
+        ([b""], False),
+        ([b"abcd"], False),
+        ([b"a", b""], False),
+        ([b"a", "a"], False),
+        ([bytearray(b"a")], False),
+        ([None], False),
+    ],
+)
+def test_sizes_within_agrees_with_the_oracle(make: Any, values: list[Any], good: bool) -> None:
+    assert compiled.sizes_within(make(values), 1, 3) is good
+    assert oracle.sizes_within(make(values), 1, 3) is good
+
+
+def test_sizes_within_refuses_limits_that_no_object_can_have() -> None:
+    for least, most in ((-1, 3), (1, -1), (1, 2**64)):
+        with pytest.raises(OverflowError):
+            compiled.sizes_within([b"a"], least, most)
+    with pytest.raises(TypeError):
+        compiled.sizes_within(None, 1, 3)  # type: ignore[arg-type]
+
+
 # ---- the module ----
 
 

@@ -6,7 +6,7 @@ Every length is a u32, little-endian (a Windows DWORD), and counts the bytes aft
 Nothing here is safe to call from two threads at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, final
 
 MAX_LENGTH: Final[int]
@@ -97,6 +97,13 @@ class FrameScanner:
     @property
     def buffered(self) -> int:
         """How many bytes are held, headers included."""
+
+def sizes_within(values: Iterable[object], least: int, most: int) -> bool:
+    """Whether all are `bytes` of at least ``least`` and at most ``most`` bytes.
+
+    Raises:
+        OverflowError: a limit is negative, or larger than an object can be.
+    """
 
 def pack_frame(payload: bytes) -> bytes:
     """Return ``length | payload``.

@@ -233,51 +233,47 @@ class Session:
         Raises:
           RemoteProtocolError: nothing more can come.
         """
-        messages: list[bytes] = []
         if self._unread and self._ending is None and not self.receive_ended:
             # All that is whole is opened now, so nothing is left to see before the next `receive_data` but,
             # behind it, the end.
             self._unread = self._codec.ended
-            try:
-                self._open_records(messages)
-            except RemoteProtocolError as exc:
-                unexplained = isinstance(exc, TruncatedError)
-                self._ending = (self.explain_end() if unexplained else None) or exc
-        if not messages and self._ending is not None:
+            if messages := self._open_records():
+                return messages
+        if self._ending is not None:
             if isinstance(self._ending, RemoteProtocolError):
                 raise self._ending
             self.receive_ended = True
-        return messages
+        return []
 
-    def _open_records(self, messages: list[bytes]) -> None:
-        self._context.check_alive()
-        if self._batches is not None:
-            self._open_batch(self._batches, messages)
-            return
-        codec, open_record = self._codec, self._context.open
-        for trailer, ciphertext in codec.records():
-            message = open_record(trailer, ciphertext)
+    def _open_records(self) -> list[bytes]:
+        """Open all that is at hand; what follows it, a good end or an error, becomes `_ending`."""
+        messages: list[bytes] = []
+        error: RemoteProtocolError | None = None
+        try:
+            self._context.check_alive()
+            if self._batches is not None:
+                messages, error = self._context.open_frames(self._batches.frames())
+            else:
+                for trailer, ciphertext in self._codec.records():
+                    messages.append(self._context.open(trailer, ciphertext))
+                    if not messages[-1]:
+                        break
+        except RemoteProtocolError as exc:
+            error = exc
+        if messages:
             self._unproven = False
-            if message or not codec.has_goodbye:
-                messages.append(message)
-            if not (message and codec.has_goodbye):
-                # A goodbye, or the sample's one message. What follows is discarded, never parsed.
-                codec.discard()
+            goodbye = not messages[-1] and self._codec.has_goodbye
+            if goodbye:
+                messages.pop()
+            if goodbye or self._wire is WireFormat.SAMPLE:
+                # What follows is discarded, never parsed.
+                self._codec.discard()
                 self._ending = "end"
-                break
-
-    def _open_batch(self, codec: FramedCodec, messages: list[bytes]) -> None:
-        """The same as `_open_records`, in one call for all that is at hand."""
-        opened, error = self._context.open_frames(codec.frames())
-        if opened:
-            self._unproven = False
-            if not opened[-1]:
-                opened.pop()
-                codec.discard()
-                self._ending = "end"
-            messages += opened
+                return messages
         if error is not None:
-            raise error
+            unexplained = isinstance(error, TruncatedError)
+            self._ending = (self.explain_end() if unexplained else None) or error
+        return messages
 
     def explain_end(self) -> AuthenticationError | None:
         """What it means that the connection ends now: to an initiator maybe that it was refused."""

@@ -25,6 +25,7 @@ from ._framing import (
     pack_frame,
     pack_framed_records,
     pack_record,
+    sizes_within,
     split_record,
 )
 
@@ -168,6 +169,8 @@ class Codec:
           LocalProtocolError: it is empty, which would be the goodbye, or is not bytes.
         """
         limit = self.message_limit
+        if sizes_within(messages, 1, limit):
+            return
         for message in messages:
             if not isinstance(message, bytes):
                 # Found out later, by the cipher, it would have cost a sequence number.

@@ -8,7 +8,6 @@ comes out.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
@@ -110,7 +109,7 @@ class SecurityContext:
         self._peer: PeerIdentity | None = None
         self._sealer: Sealer | None = None
         self.frame_sealer: FrameSealer | None = None
-        self._deadline = math.inf
+        self._deadline: float | None = None
 
     @property
     def may_block(self) -> bool:
@@ -191,7 +190,7 @@ class SecurityContext:
         Raises:
           UnsealError: it has.
         """
-        if time.monotonic() > self._deadline:
+        if self._deadline is not None and time.monotonic() > self._deadline:
             raise UnsealError("the peer's Kerberos ticket has ended")
 
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
