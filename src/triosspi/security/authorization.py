@@ -64,6 +64,8 @@ class Authorization:
         Raises:
           AuthenticationError: it may not come in.
         """
+        if self.allow is None and not self.deny and not self.require_groups:
+            return
         who = printable(peer.principal)
         sids = frozenset[str]() if peer.pac is None else peer.pac.groups | {peer.pac.sid}
         missing = {sid.upper() for sid in self.require_groups} - sids

@@ -7,9 +7,9 @@ the functions here has looked at all of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from spnego import ContextProxy
 
@@ -33,18 +33,18 @@ from .spnego_compat import (
 _SESSION_KEY_SIZES: Final = (16, 32)
 # The bits of pyspnego's ContextReq that are GSS-API's own.
 _GSS_FLAGS: Final = 0x3F
+_MUTUAL: Final = int(ContextFlag.MUTUAL)
 
 
-def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str) -> PeerIdentity:
-    gss_flags = ContextFlag(flags & _GSS_FLAGS)
+def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str, **more: Any) -> PeerIdentity:
     return PeerIdentity(
         principal=principal,
         domain=domain,
         name=name,
         mechanism=mechanism,
-        flags=gss_flags,
-        mutual=mechanism != "ntlm" and ContextFlag.MUTUAL in gss_flags,
-        authenticated_at=datetime.now(UTC),
+        flags=ContextFlag(flags & _GSS_FLAGS),
+        mutual=mechanism != "ntlm" and bool(flags & _MUTUAL),
+        **{"authenticated_at": datetime.now(UTC), **more},
     )
 
 
@@ -115,17 +115,22 @@ class AcceptorPolicy:
             return _peer("ntlm", int(inner.context_attr), account.principal, account.domain, account.name)
         if isinstance(inner, AcceptorKerberos):
             assert inner.ticket is not None
-            check_ticket(inner.ticket, self.kerberos, demanded)
+            check_ticket(inner.ticket, self.kerberos, demanded, inner.service)
             return _ticket_peer(inner.ticket)
         return _native_peer(inner, demanded)
 
 
 def _ticket_peer(ticket: Ticket) -> PeerIdentity:
     name, _, realm = ticket.client.rpartition("@")
-    peer = _peer("kerberos", ticket.flags, ticket.client, realm, name)
-    return replace(
-        peer,
-        expires_at=peer.authenticated_at + timedelta(seconds=ticket.lifetime),
+    now = datetime.now(UTC)
+    return _peer(
+        "kerberos",
+        ticket.flags,
+        ticket.client,
+        realm,
+        name,
+        authenticated_at=now,
+        expires_at=now + timedelta(seconds=ticket.lifetime),
         enctype=enctype_name(ticket.enctype),
         delegated=ticket.delegated,
         pac=ticket.pac,

@@ -180,16 +180,17 @@ class SPNEGOAcceptor:
             raise _malformed()
         offered = self._read_mech_types(data, *fields[0])
         guess = _octets(data, fields.get(2))
-        chosen = next((m for m in self._factories if m in map(_MECHANISMS.get, offered)), None)
+        names = [_MECHANISMS.get(oid) for oid in offered]
+        chosen = next((mechanism for mechanism in self._factories if mechanism in names), None)
         if chosen is None:
             raise AuthenticationError("the client offers no mechanism that is enabled here")
         self.inner = inner = self._factories[chosen]()
-        self.first_offer_chosen = _MECHANISMS.get(offered[0]) == chosen
+        self.first_offer_chosen = names[0] == chosen
         self._mic_due = not self.first_offer_chosen
         # A guess for another mechanism than the chosen one is to be ignored (4.2.1), not fed to it.
         answer = inner.step(guess) if guess and self.first_offer_chosen else None
         # The OID as the client has it, which may be an alias.
-        oid = next(o for o in offered if _MECHANISMS.get(o) == chosen)
+        oid = offered[names.index(chosen)]
         mic = self._make_mic(inner) if inner.complete and self._mic_due else None
         self.complete = inner.complete and not self._mic_due
         state = _ACCEPT_COMPLETED if self.complete else _REQUEST_MIC if self._mic_due else _ACCEPT_INCOMPLETE

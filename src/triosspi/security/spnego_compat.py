@@ -292,7 +292,7 @@ class AcceptorKerberos(GSSAPIProxy):
         Raises:
           AuthenticationError: the ticket was refused; the text is the library's own reason.
         """
-        gssapi, raw = self._gssapi, self._gssapi.raw
+        raw = self._gssapi.raw
         try:
             accepted = raw.accept_sec_context(in_token, self._credential, channel_bindings=self._raw_bindings())
         except raw.GSSError as exc:
@@ -300,19 +300,23 @@ class AcceptorKerberos(GSSAPIProxy):
         if accepted.more_steps:
             raise AuthenticationError("Kerberos: the client wants more tokens (DCE style, or user to user)")
         # The raw context: python-gssapi's own class around it does nothing here but cost 40 us.
-        self._context = context = accepted.context
+        self._context = accepted.context
         self._context_attr = flags = int(accepted.flags)
         self.ticket = Ticket(
             client=_display(raw, accepted.initiator_name),
-            service=_display(raw, _target_name(raw, context)),
             flags=flags,
             lifetime=accepted.lifetime,
-            enctype=_enctype(gssapi, context),
+            enctype=_enctype(raw, accepted.context),
             delegated=accepted.delegated_creds is not None,
             pac=_read_pac(raw, accepted.initiator_name),
         )
         token: bytes | None = accepted.token
         return token
+
+    def service(self) -> str:
+        """The service's principal that the ticket is for. Only before the context is handed over."""
+        raw = self._gssapi.raw
+        return _display(raw, raw.inquire_context(self._context, **_TARGET_NAME_ONLY).target_name)
 
     def _raw_bindings(self) -> Any:
         if self.channel_bindings is None:
@@ -320,17 +324,29 @@ class AcceptorKerberos(GSSAPIProxy):
         return self._gssapi.raw.ChannelBindings(application_data=self.channel_bindings.application_data)
 
 
-def _enctype(gssapi: Any, context: Any) -> int:
+# What the OID begins with, 1.2.840.113554.1.2.2.4, in DER; one number more follows.
+_ENCTYPE_OID = bytes.fromhex("2a864886f71201020204")
+
+
+@functools.cache
+def _session_key_oid() -> Any:
+    return require_gssapi().OID.from_int_seq(_SESSION_KEY_OID)
+
+
+def _enctype(raw: Any, context: Any) -> int:
     """The encryption type of a context's session key."""
-    oid = gssapi.raw.inquire_sec_context_by_oid(context, gssapi.OID.from_int_seq(_SESSION_KEY_OID))[1]
-    return int(gssapi.OID(elements=oid).dotted_form.rpartition(".")[2])
+    oid: bytes = raw.inquire_sec_context_by_oid(context, _session_key_oid())[1]
+    number = oid.removeprefix(_ENCTYPE_OID)
+    if len(number) != 1:
+        raise AuthenticationError("Kerberos: a session key of an unknown encryption type")
+    return number[0]
 
 
 def kerberos_enctype(proxy: ContextProxy) -> int | None:
     """The encryption type of a finished Kerberos context; None where it is the system's own."""
     if isinstance(proxy, AcceptorKerberos) and proxy.ticket is not None:
         return proxy.ticket.enctype
-    return _enctype(require_gssapi(), proxy._context) if isinstance(proxy, GSSAPIProxy) else None
+    return _enctype(require_gssapi().raw, proxy._context) if isinstance(proxy, GSSAPIProxy) else None
 
 
 def gssapi_context(proxy: ContextProxy) -> Any:
@@ -352,15 +368,22 @@ def _display(raw: Any, name: Any) -> str:
     return text.rstrip(b"\0").decode(errors="backslashreplace")
 
 
-def _target_name(raw: Any, context: Any) -> Any:
-    nothing_else = dict.fromkeys(("initiator_name", "lifetime", "mech", "flags", "locally_init", "complete"), False)
-    return raw.inquire_context(context, target_name=True, **nothing_else).target_name
+_TARGET_NAME_ONLY = {
+    "target_name": True,
+    **dict.fromkeys(("initiator_name", "lifetime", "mech", "flags", "locally_init", "complete"), False),
+}
+
+
+_LOGON_INFO = b"urn:mspac:logon-info"
 
 
 def _read_pac(raw: Any, name: Any) -> PAC | None:
     """The PAC of a client's name, if it has one that the library has verified."""
     try:
-        attribute = raw.get_name_attribute(name, b"urn:mspac:logon-info")
+        # Asked first: MIT's KDC makes PACs without it, and an exception of python-gssapi's costs 15 us.
+        if _LOGON_INFO not in raw.inquire_name(name, mech_name=False).attrs:
+            return None
+        attribute = raw.get_name_attribute(name, _LOGON_INFO)
     except raw.GSSError:
         return None
     if not (attribute.authenticated and attribute.values):
