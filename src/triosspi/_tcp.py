@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, NoReturn, TypeAlias
@@ -274,15 +273,36 @@ async def serve_connection(
     Returns:
       Whether the peer was authenticated, and so the handler called.
     """
+    # One coroutine for all of a connection's life: it waits for days, thousands of times.
     source = peer_address(channel)
     authenticated = False
     try:
         authenticated = await _authenticate(channel, source, handshake_timeout, counts)
+        if authenticated:
+            # Errors are accounted for before closing, which takes its time, and when cancelled replaces them.
+            try:
+                if (seconds := _seconds_left(channel.peer)) is None:
+                    # A scope has its price, too.
+                    await handler(channel)
+                else:
+                    with trio.move_on_after(seconds) as in_time:
+                        await handler(channel)
+                    if in_time.cancelled_caught:
+                        counts.expired += 1
+                        log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
+            except Exception as exc:  # noqa: BLE001 - logged with its traceback
+                _account_for(exc, channel, source, counts)
+            except BaseExceptionGroup as group:
+                # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
+                errors = group.subgroup(Exception)
+                if errors is not None:
+                    _account_for(errors, channel, source, counts)
+                raise
     finally:
-        if not authenticated:
+        if authenticated:
+            await _close(channel, source, counts)
+        else:
             await trio.aclose_forcefully(channel)
-    if authenticated:
-        await _run_handler(channel, handler, source, counts)
     return authenticated
 
 
@@ -307,34 +327,18 @@ async def _authenticate(channel: TCPChannel, source: str, handshake_timeout: flo
     return True
 
 
-async def _run_handler(channel: TCPChannel, handler: Handler, source: str, counts: ServerStatistics) -> None:
+async def _close(channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
     try:
-        async with channel:
-            # Accounted for within the block: closing takes its time, and when cancelled replaces the
-            # handler's error.
-            try:
-                with _lifetime(channel.peer) as in_time:
-                    await handler(channel)
-                if in_time is not None and in_time.cancelled_caught:
-                    counts.expired += 1
-                    log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
-            except Exception as exc:  # noqa: BLE001 - logged with its traceback
-                _account_for(exc, channel, source, counts)
-            except BaseExceptionGroup as group:
-                # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
-                errors = group.subgroup(Exception)
-                if errors is not None:
-                    _account_for(errors, channel, source, counts)
-                raise
+        await channel.aclose()
     except Exception as exc:  # noqa: BLE001 - logged with its traceback
         _account_for(exc, channel, source, counts)
 
 
-def _lifetime(peer: PeerIdentity) -> AbstractContextManager[trio.CancelScope | None]:
-    """A scope that ends with the peer's ticket; none where there is no ticket, since a scope has its price."""
+def _seconds_left(peer: PeerIdentity) -> float | None:
+    """How long the peer's ticket lasts; None where there is no ticket."""
     if peer.expires_at is None:
-        return nullcontext()
-    return trio.move_on_after(max(0.0, (peer.expires_at - datetime.now(UTC)).total_seconds()))
+        return None
+    return max(0.0, (peer.expires_at - datetime.now(UTC)).total_seconds())
 
 
 def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
