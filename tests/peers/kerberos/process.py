@@ -93,6 +93,14 @@ class LineProcess:
         self._write(" ".join(words))
         return self._answer(*expect)
 
+    def ask_many(self, commands: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Send commands together, and return the answers, each of which must be "ok".
+
+        Both have to fit a pipe's buffer, or the two sides would wait for each other to read.
+        """
+        self._write("\n".join(map(" ".join, commands)))
+        return [self._answer("ok") for _ in commands]
+
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None
         try:
@@ -159,6 +167,16 @@ class LineContext:
 
     def open(self, trailer: bytes, data: bytes) -> bytes:
         return from_hex(self._process.ask("open", to_hex(trailer), to_hex(data))[1])
+
+    def seal_many(self, messages: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+        """As `seal`; see `LineProcess.ask_many`."""
+        answers = self._process.ask_many([("seal", to_hex(message)) for message in messages])
+        return [(from_hex(trailer), from_hex(data)) for _, trailer, data in answers]
+
+    def open_many(self, sealed: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """As `open`; see `LineProcess.ask_many`."""
+        answers = self._process.ask_many([("open", to_hex(trailer), to_hex(data)) for trailer, data in sealed])
+        return [from_hex(message) for _, message in answers]
 
     def wrap(self, message: bytes, *, confidential: bool) -> bytes:
         """A token of gss_wrap: without confidentiality it is signed and readable."""
