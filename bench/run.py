@@ -34,7 +34,7 @@ BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 PACKAGES = ("triosspi", "trio", "pyspnego", "gssapi", "cryptography")
 #: In this order. Those that are not modules below are scripts with a text to show.
-NAMES = ("framing", "sealing", "handshake", "echo", "connections", "crowd", "login_threads", "workers")
+NAMES = ("framing", "sealing", "handshake", "echo", "connections", "crowd", "login_threads", "impersonation", "workers")
 MODULES = {"echo": bench_echo, "connections": bench_connections}
 FIGURE = re.compile(r"([\d.,]+) \[ *(\d+)%\]")
 

@@ -553,10 +553,15 @@ cdef class Sealer:
     cdef uint64_t send_next  # the number of the next message to seal
     cdef uint64_t receive_next  # the number that the next message to open must have
     cdef uint64_t last  # the largest number that may be used; one more still fits
+    cdef uint64_t messages_sealed, bytes_sealed, messages_opened, bytes_opened  # without the empty ones
     cdef bint sealing_failed
     cdef bint opening_failed
     cdef bint sealing  # a call is at it, and may have released the GIL
     cdef bint opening  # the same
+
+    @property
+    def traffic(self):
+        return self.messages_sealed, self.bytes_sealed, self.messages_opened, self.bytes_opened
 
     # ---- what a mechanism does: one message, without the GIL ----
 
@@ -689,6 +694,8 @@ cdef class Sealer:
             if state != GOOD:
                 return state
             self.send_next += 1
+            self.messages_sealed += jobs[i].size != 0
+            self.bytes_sealed += jobs[i].size
         return GOOD
 
     # ---- opening ----
@@ -817,6 +824,8 @@ cdef class Sealer:
                 state[0] = found
                 return i
             self.receive_next += 1
+            self.messages_opened += jobs[i].opened != 0
+            self.bytes_opened += jobs[i].opened
         return count
 
 

@@ -272,6 +272,20 @@ async def shake_hands(*channels: Channel) -> None:
             nursery.start_soon(channel.do_handshake)
 
 
+async def tcp_channels(*, handshake: bool = True, **options: Any) -> tuple[Channel, Channel]:
+    """(client, server) over a real connection."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        port = listener.socket.getsockname()[1]
+        client_stream = await trio.open_tcp_stream("127.0.0.1", port)
+        server_stream = await listener.accept()
+    client: Channel = triosspi.SSPIChannel(client_stream, make_initiator(), **options)
+    server: Channel = triosspi.SSPIChannel(server_stream, make_acceptor(), **options)
+    if handshake:
+        await shake_hands(client, server)
+    return client, server
+
+
 async def connected_channels(*args: Any, **options: Any) -> tuple[Channel, Channel]:
     """(client, server), with the handshake behind them."""
     client, server = make_channels(*args, **options)

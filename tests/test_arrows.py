@@ -25,7 +25,8 @@ ABOVE: dict[str, set[str]] = {
     "_session": {"_framing", "_errors", "_wire", "security"},
     "_channel": {"_framing", "_errors", "_wire", "security", "_session"},
     "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
-    "impersonation": {"_errors", "security"},
+    "_thread_ids": set(),
+    "impersonation": {"_errors", "security", "_thread_ids", "impersonation"},
     "service": {
         *("_framing", "_errors", "_wire", "security", "_session", "_channel", "_tcp", "impersonation", "service"),
         "",

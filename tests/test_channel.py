@@ -34,6 +34,7 @@ from triosspi import (
     MessageTooLongError,
     SSPIChannel,
     SSPIListener,
+    Traffic,
     TruncatedError,
     UnsealError,
     WireFormat,
@@ -606,6 +607,26 @@ async def test_a_second_user_is_busy_during_the_handshake_too():
         with pytest.raises(trio.BusyResourceError):
             await server.receive()
         await client.send(b"first")
+
+
+async def test_traffic_counts_what_went_either_way_and_the_goodbye_does_not():
+    client, server = make_channels()
+    with pytest.raises(trio.NeedHandshakeError):
+        _ = client.traffic
+    await shake_hands(client, server)
+    await client.send_many([b"1", b"22"])
+    await server.receive_many()
+    await server.send(b"four")
+    await client.receive()
+    assert client.traffic == Traffic(messages_sent=2, bytes_sent=3, messages_received=1, bytes_received=4)
+    assert not server.peer_left
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(client.aclose)
+        with pytest.raises(trio.EndOfChannel):
+            await server.receive()
+        assert server.peer_left
+        await server.aclose()
+    assert server.traffic == Traffic(messages_sent=1, bytes_sent=4, messages_received=2, bytes_received=3)
 
 
 async def test_two_tasks_do_not_share_what_is_left_of_a_batch():

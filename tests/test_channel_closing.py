@@ -27,6 +27,7 @@ from harness import (
     make_channels,
     make_initiator,
     shake_hands,
+    tcp_channels,
 )
 from triosspi import SSPIChannel, TruncatedError, WireFormat
 from triosspi.security.context import SecurityContext
@@ -583,19 +584,6 @@ async def test_a_close_that_is_cancelled_while_a_receiver_is_blocked_still_close
 
 
 # ---- with a kernel in between ----
-
-
-async def tcp_channels(**options: Any) -> tuple[Channel, Channel]:
-    """(client, server) over a real connection."""
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with listener:
-        port = listener.socket.getsockname()[1]
-        client_stream = await trio.open_tcp_stream("127.0.0.1", port)
-        server_stream = await listener.accept()
-    client: Channel = SSPIChannel(client_stream, make_initiator(), **options)
-    server: Channel = SSPIChannel(server_stream, make_acceptor(), **options)
-    await shake_hands(client, server)
-    return client, server
 
 
 async def test_replies_are_not_lost_when_the_closer_has_unread_input():

@@ -976,9 +976,30 @@ def test_the_stub_has_the_modules_names() -> None:
         assert name in stub
     for sealer in (NTLMSealer, KerberosSealer):
         names = {name for name, _ in inspect.getmembers(sealer) if not name.startswith("_")}
-        assert names == {"open", "open_frames", "seal", "seal_frames", "trailer_size"}
+        assert names == {"open", "open_frames", "seal", "seal_frames", "traffic", "trailer_size"}
         for name in names:
             assert name in stub
+
+
+# ---- counting ----
+
+
+@each_kind
+def test_the_traffic_is_what_was_sealed_and_opened_without_the_empty_messages(kind: str) -> None:
+    ours, peer = pair(kind)
+    assert ours.traffic == (0, 0, 0, 0)
+    ours.seal_frames([b"one", b"three"])
+    ours.seal(b"")
+    ours.seal(bytes(100))
+    frames = split_frames(peer.seal_frames([b"12", b"345"]))
+    assert ours.open_frames(frames) == ([b"12", b"345"], None)
+    assert ours.open(*peer.seal(b"")) == b""
+    assert ours.open(*peer.seal(b"6789")) == b"6789"
+    assert ours.traffic == (3, 108, 3, 9)
+    bad = peer.seal(b"bad")
+    with pytest.raises(SealingError):
+        ours.open(bad[0], b"BAD")
+    assert ours.traffic == (3, 108, 3, 9)
 
 
 # ---- memory, threads, processes ----

@@ -804,6 +804,7 @@ def test_a_kerberos_token_is_rotated_so_that_only_the_message_is_outside_of_the_
     assert data == message
     assert int.from_bytes(trailer[6:8], "big") == 28
     assert sealer.open(trailer, data) == message
+    assert sealer.traffic == (size > 0, size, size > 0, size)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 16, 59, 61, 65])

@@ -3,12 +3,14 @@
 See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`.
 """
 
+from ._channel import Impersonator as Impersonator
 from ._channel import RunBlocking as RunBlocking
 from ._channel import SSPIChannel as SSPIChannel
 from ._channel import SSPIListener as SSPIListener
 from ._errors import AuthenticationError as AuthenticationError
 from ._errors import ConfigurationError as ConfigurationError
 from ._errors import FrameTooLongError as FrameTooLongError
+from ._errors import ImpersonationError as ImpersonationError
 from ._errors import LocalProtocolError as LocalProtocolError
 from ._errors import MessageTooLongError as MessageTooLongError
 from ._errors import RemoteProtocolError as RemoteProtocolError
@@ -22,6 +24,9 @@ from ._tcp import open_sspi_over_tcp_listeners as open_sspi_over_tcp_listeners
 from ._tcp import serve_sspi_listeners as serve_sspi_listeners
 from ._tcp import serve_sspi_over_tcp as serve_sspi_over_tcp
 from ._wire import WireFormat as WireFormat
+from .impersonation import AccountMap as AccountMap
+from .impersonation import Impersonation as Impersonation
+from .impersonation import LocalAccount as LocalAccount
 from .security.accounts import Account as Account
 from .security.accounts import AccountFile as AccountFile
 from .security.accounts import AccountSource as AccountSource
@@ -30,5 +35,6 @@ from .security.credentials import Initiator as Initiator
 from .security.identity import ContextFlag as ContextFlag
 from .security.identity import ContextSizes as ContextSizes
 from .security.identity import PeerIdentity as PeerIdentity
+from .security.identity import Traffic as Traffic
 
 __version__ = "0.1.0"

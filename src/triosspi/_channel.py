@@ -25,9 +25,10 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
@@ -35,7 +36,9 @@ from ._errors import LocalProtocolError, RemoteProtocolError
 from ._session import Session, Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .security.credentials import Acceptor, Initiator
-from .security.identity import ContextSizes, PeerIdentity
+from .security.identity import ContextSizes, PeerIdentity, Traffic
+
+log = logging.getLogger("triosspi.impersonation")
 
 #: Seconds; how long `aclose` waits for a peer that does not read the goodbye.
 _GOODBYE_TIMEOUT: Final = 1.0
@@ -49,6 +52,8 @@ _NOTHING: Final[list[bytes]] = []
 _RECEIVING: Final = "another task is receiving on this SSPIChannel"
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class RunBlocking(Protocol):
@@ -65,6 +70,20 @@ async def run_in_thread(sync_fn: Callable[[bytes | None], bytes], token: bytes |
     will look at a broken channel's session again.
     """
     return await trio.to_thread.run_sync(sync_fn, token, abandon_on_cancel=True)
+
+
+class Impersonator(Protocol):
+    """Runs functions as a peer; `Impersonation` is one."""
+
+    async def run_as_peer(
+        self,
+        peer: PeerIdentity,
+        function: Callable[[Unpack[Ts]], T],
+        *args: *Ts,
+        native: object | None = None,
+    ) -> T:
+        """See `Impersonation.run_as_peer`."""
+        ...  # pragma: no cover
 
 
 class _State(enum.Enum):
@@ -93,6 +112,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
           allocated.
       run_blocking: where handshake steps run that may wait for a KDC, DNS or the disk.
       tracer: is told of each handshake step and each sealed message.
+      impersonation: what `run_as_peer` runs functions with; None is off.
 
     Attributes:
       transport_stream: see above.
@@ -105,14 +125,17 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         "_cause",
         "_handshake_ended",
         "_handshake_over",
+        "_impersonation",
         "_left",
         "_ready",
         "_receiver_gone",
         "_receiving",
+        "_relayable",
         "_run_blocking",
         "_sending",
         "_session",
         "_state",
+        "_stopped",
         "tracer",
         "transport_stream",
     )
@@ -126,14 +149,19 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
         run_blocking: RunBlocking = run_in_thread,
         tracer: Tracer | None = None,
+        impersonation: Impersonator | None = None,
     ) -> None:
         self.transport_stream: StreamT = transport_stream
         self._session = Session(credential, wire, max_message_size=max_message_size, tracer=tracer)
         self.tracer = tracer
         self._run_blocking = run_blocking
+        self._impersonation = impersonation
+        # Whether an NTLM login that was meant for another service is let in.
+        self._relayable = isinstance(credential, Acceptor) and credential.require_target != "require"
         self._state = _State.OK
-        # OK, and the handshake over: what every message asks first.
+        # OK, the handshake over, nothing stopped: what every message asks first.
         self._ready = False
+        self._stopped = False
         self._cause: BaseException | None = None
         # While the handshake runs, what other tasks wait for.
         self._handshake_over: trio.Event | None = None
@@ -180,6 +208,20 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         """
         return self._established().sizes
 
+    @property
+    def traffic(self) -> Traffic:
+        """What was sent and received so far.
+
+        Raises:
+          trio.NeedHandshakeError: before the handshake.
+        """
+        return self._established().traffic
+
+    @property
+    def peer_left(self) -> bool:
+        """Whether the peer has said goodbye, and the goodbye was received."""
+        return self._session.peer_left
+
     # State
 
     def _check_usable(self) -> None:
@@ -187,6 +229,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             raise trio.ClosedResourceError("this SSPIChannel is closed")
         if self._state is _State.BROKEN:
             raise trio.BrokenResourceError(str(self._cause) or type(self._cause).__name__) from self._cause
+
+    def _check_receiving(self) -> None:
+        self._check_usable()
+        if self._stopped:
+            raise trio.EndOfChannel
 
     def _break(self, exc: BaseException) -> None:
         if self._state is not _State.OK:
@@ -247,7 +294,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 self._handshake_over = None
                 self._handshake_ended = True
         self._check_usable()
-        self._ready = True
+        self._ready = not self._stopped
 
     async def _handshake(self) -> None:
         session = self._session
@@ -324,6 +371,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 raise
         finally:
             self._sending = False
+            if self._stopped:
+                self._wake_receiver()
 
     # Receiving
 
@@ -355,7 +404,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         self._receiving = True
         try:
             await trio.lowlevel.checkpoint()
-            self._check_usable()
+            self._check_receiving()
             return self._left.pop()
         finally:
             self._leave_receive()
@@ -375,6 +424,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             if not self._ready:
                 self._check_usable()
                 await self._ensure_handshake(checkpoint=False)
+                if self._stopped:
+                    await trio.lowlevel.checkpoint()
+                    raise trio.EndOfChannel
             session = self._session
             try:
                 if not self._left and (messages := session.next_messages()):
@@ -384,7 +436,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 if self._left:
                     # Not taken before the checkpoint: a cancellation would lose them.
                     await trio.lowlevel.checkpoint()
-                    self._check_usable()
+                    self._check_receiving()
                     messages, self._left = self._left, _NOTHING
                     messages.reverse()
                     return messages
@@ -392,20 +444,88 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                     session.receive_data(await self.transport_stream.receive_some())
                     if not self._ready:
                         # Closed meanwhile? Then the peer's end is not ours to tell.
-                        self._check_usable()
+                        self._check_receiving()
                     if messages := session.next_messages():
                         return messages
             except BaseException as exc:
+                if self._stopped and self._state is _State.OK and isinstance(exc, trio.ClosedResourceError):
+                    # `_wake_receiver`: nothing is closed.
+                    raise trio.EndOfChannel from None
                 self._translate(exc, cancel_breaks=False)
                 raise
             raise trio.EndOfChannel
         finally:
             self._leave_receive()
 
+    def stop_receiving(self) -> None:
+        """Take no more messages, as a server does that is about to stop.
+
+        From now on `receive` raises `trio.EndOfChannel` as if the peer had said goodbye, also in a task
+        that waits in it; sending goes on. So a handler that answers what it receives answers the last
+        it has got, ends, and closes the channel, which tells the peer. What has come and was not
+        received is dropped: to the peer that is a request without an answer before our goodbye, which it
+        may send again elsewhere.
+
+        May be called at any time, and again. A task that waits for a message wakes at once over a
+        socket; over any other stream only when the peer sends something.
+        """
+        if self._state is _State.OK:
+            self._stopped = True
+            self._ready = False
+            self._left = _NOTHING
+            self._wake_receiver()
+
+    def _wake_receiver(self) -> None:
+        # What wakes one who waits to read a socket wakes one who waits to write it too, half-way through a record:
+        # so not while a task is sending. It calls this when it is done.
+        waits = self._receiving and self._handshake_ended and not self._sending
+        if waits and isinstance(self.transport_stream, trio.SocketStream):
+            trio.lowlevel.notify_closing(self.transport_stream.socket)
+
     def _leave_receive(self) -> None:
         self._receiving = False
         if self._receiver_gone is not None:
             self._receiver_gone.set()
+
+    # Impersonation
+
+    async def run_as_peer(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Run ``function(*args)``, which is not async, in a worker thread that is the peer meanwhile.
+
+        An acceptor's only, with an `Impersonation`: see there what the function may count on and what
+        not. With the `framed` format a message of the peer's must have been received before: a login
+        alone may have been relayed by somebody who does not have its key. In the `sample` format a peer
+        says nothing, so there an NTLM login is taken at its word, and a warning is logged unless the
+        acceptor demands that it was meant for this service (``require_target="require"``).
+
+        Waits for the function's end also when it is cancelled.
+
+        Returns:
+          What the function returns. What it raises is raised.
+
+        Raises:
+          ImpersonationError: the peer has no account here; the function was not called.
+          LocalProtocolError: the channel has no `Impersonation`, is an initiator's, or the peer has
+              not proved its key yet.
+          trio.NeedHandshakeError: before the handshake.
+          trio.BrokenResourceError: the connection is gone, or the peer's Kerberos ticket has ended.
+          trio.ClosedResourceError: the channel is closed.
+        """
+        self._check_usable()
+        session = self._established()
+        if self._impersonation is None:
+            raise LocalProtocolError("impersonation is off: it needs impersonation=Impersonation(...)")
+        try:
+            session.check_may_act_as_peer()
+        except RemoteProtocolError as exc:
+            self._translate(exc, cancel_breaks=False)
+        if not session.peer_proved and session.peer.mechanism == "ntlm" and self._relayable:
+            log.warning(
+                "%s: to be impersonated, though the NTLM login may be relayed from another service: "
+                "require_target='require' refuses those",
+                session.peer,
+            )
+        return await self._impersonation.run_as_peer(session.peer, function, *args, native=session.native)
 
     # Closing
 
@@ -467,6 +587,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
       max_message_size: see `SSPIChannel`.
       run_blocking: see `SSPIChannel`.
       make_tracer: makes the tracer of each connection.
+      impersonation: see `SSPIChannel`.
     """
 
     def __init__(
@@ -478,6 +599,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
         max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
         run_blocking: RunBlocking = run_in_thread,
         make_tracer: Callable[[], Tracer] | None = None,
+        impersonation: Impersonator | None = None,
     ) -> None:
         # Not first when somebody connects.
         check_max_message_size(max_message_size)
@@ -487,6 +609,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
         self._max_message_size = max_message_size
         self._run_blocking = run_blocking
         self._make_tracer = make_tracer
+        self._impersonation = impersonation
 
     async def accept(self) -> SSPIChannel[StreamT]:
         """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
@@ -498,6 +621,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
             max_message_size=self._max_message_size,
             run_blocking=self._run_blocking,
             tracer=None if self._make_tracer is None else self._make_tracer(),
+            impersonation=self._impersonation,
         )
 
     async def aclose(self) -> None:

@@ -55,6 +55,13 @@ class MessageTooLongError(LocalProtocolError):
         self.limit = limit
 
 
+class ImpersonationError(SSPIError):
+    """A peer could not be impersonated: it has no account here, or none that it may have, or the switch failed.
+
+    The function was not called, and the channel is as usable as before.
+    """
+
+
 class RemoteProtocolError(SSPIError):
     """The peer, or the network between, did something that cannot be accepted."""
 
@@ -81,11 +88,14 @@ class TruncatedError(RemoteProtocolError):
           (gss-ntlmssp cannot seal an empty message), so this alone is an ordinary end to many
           programs; but it is not authenticated, and may be an attacker's cut. An end within a
           record (False) is never ordinary.
+      nothing_said (bool): True when the peer had not sent a single byte, as a health check does that
+          only connects.
     """
 
-    def __init__(self, text: str, *, at_boundary: bool) -> None:
+    def __init__(self, text: str, *, at_boundary: bool, nothing_said: bool = False) -> None:
         super().__init__(text)
         self.at_boundary = at_boundary
+        self.nothing_said = nothing_said
 
 
 class UnsealError(RemoteProtocolError):
@@ -101,4 +111,11 @@ class AuthenticationError(RemoteProtocolError):
 
     The text is for the operator's log. Nothing of it may be told to the peer, who could tell from
     it a wrong password from an unknown account.
+
+    Attributes:
+      mechanism (str | None): ``"ntlm"`` or ``"kerberos"``, where the handshake had come to one.
     """
+
+    def __init__(self, text: str = "", *, mechanism: str | None = None) -> None:
+        super().__init__(text)
+        self.mechanism = mechanism

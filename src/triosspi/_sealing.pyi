@@ -50,6 +50,10 @@ class NTLMSealer:
     def trailer_size(self) -> int:
         """Bytes that sealing adds: 16."""
 
+    @property
+    def traffic(self) -> tuple[int, int, int, int]:
+        """How many messages were sealed, of how many bytes in all, and how many opened. Empty ones do not count."""
+
     def __init__(self, session_key: bytes, *, initiator: bool, send_sequence: int, receive_sequence: int) -> None: ...
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal a message: (trailer, ciphertext).
@@ -108,6 +112,10 @@ class KerberosSealer:
     @property
     def trailer_size(self) -> int:
         """Bytes that sealing adds: 60 for enctypes 17 and 18, 64 for 19, 72 for 20."""
+
+    @property
+    def traffic(self) -> tuple[int, int, int, int]:
+        """See `NTLMSealer.traffic`."""
 
     def __init__(
         self,

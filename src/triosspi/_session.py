@@ -18,7 +18,8 @@
 # When the handshake ends, the two sides need not agree that it has. The side that speaks last is done
 # before the other has judged that token: a raw NTLM client, whose third token is refused, believes
 # itself logged in, and then sees the connection close. Until that acceptor has sealed something that
-# opens, it has proved nothing; this is what `_unproven` remembers.
+# opens, it has proved nothing; this is what `_unproven` remembers. And the other way round: an NTLM login
+# that an acceptor has accepted may have been relayed by somebody who does not have its key.
 #
 # Errors come after what was good: the messages before a bad record, or before a goodbye, are handed
 # over first, whatever the pieces in which the bytes arrived.
@@ -33,7 +34,7 @@ from ._errors import AuthenticationError, LocalProtocolError, RemoteProtocolErro
 from ._wire import FramedCodec, WireFormat, make_codec
 from .security.context import SecurityContext
 from .security.credentials import Acceptor, Initiator
-from .security.identity import ContextFlag, ContextSizes, PeerIdentity
+from .security.identity import ContextFlag, ContextSizes, PeerIdentity, Traffic
 
 #: Tokens of the peer; Kerberos needs 1 or 2, NTLM 2, SPNEGO around them at most 2 more.
 MAX_ROUNDS: Final = 10
@@ -144,6 +145,38 @@ class Session:
         """See `ContextSizes`. Only once `established`."""
         return ContextSizes(self._context.trailer_size, self._codec.message_limit)
 
+    @property
+    def traffic(self) -> Traffic:
+        """What was sealed and opened. Only once `established`."""
+        return self._context.traffic
+
+    @property
+    def peer_proved(self) -> bool:
+        """Whether the peer has shown that it has the session's key: to an acceptor, by a message of its that opened.
+
+        A login alone may have been relayed by somebody who has no key. In the sample's format, where the
+        initiator says nothing, an acceptor never knows.
+        """
+        return self.established and not self._unproven
+
+    @property
+    def native(self) -> object | None:
+        """See `SecurityContext.native`. Only once `established`."""
+        return self._context.native
+
+    def check_may_act_as_peer(self) -> None:
+        """See that this side may do something in its peer's name. Only once `established`.
+
+        Raises:
+          LocalProtocolError: this is the initiator, or the peer could prove its key and has not yet.
+          UnsealError: the peer's Kerberos ticket has ended.
+        """
+        if not self.accepts:
+            raise LocalProtocolError("only an acceptor can impersonate its peer")
+        if not self.peer_proved and self._wire is not WireFormat.SAMPLE:
+            raise LocalProtocolError("the peer has not proved its key: receive its first message, then impersonate it")
+        self._context.check_alive()
+
     def receive_data(self, data: bytes | bytearray) -> None:
         """Store what the transport gave; empty is the end of the stream."""
         self._unread = True
@@ -158,6 +191,7 @@ class Session:
         try:
             token = self._codec.next_token()
         except TruncatedError as exc:
+            exc.nothing_said = self._rounds == 0 and exc.at_boundary
             raise self.explain_end() or exc from None
         if token is not None:
             self._rounds += 1
@@ -183,7 +217,7 @@ class Session:
             self._codec.begin_records(self._context.trailer_size)
             if isinstance(self._codec, FramedCodec) and self._context.frame_sealer is not None:
                 self._batches = self._codec
-            self._unproven = bool(answer) and not self.accepts
+            self._unproven = bool(answer) or self.accepts
             # In the sample's format only the acceptor speaks.
             self._said_all = self._wire is WireFormat.SAMPLE and not self.accepts
             self.receive_ended = self._wire is WireFormat.SAMPLE and self.accepts

@@ -7,12 +7,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, NoReturn, TypeAlias
+from functools import partial
+from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import trio
 
-from ._channel import RunBlocking, SSPIChannel, SSPIListener, run_in_thread
-from ._errors import TruncatedError
+from ._channel import Impersonator, RunBlocking, SSPIChannel, SSPIListener, run_in_thread
+from ._errors import ImpersonationError, TruncatedError
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .security.credentials import Acceptor, Initiator
@@ -22,6 +23,7 @@ log = logging.getLogger("triosspi.server")
 
 TCPChannel: TypeAlias = SSPIChannel[trio.SocketStream]
 TCPListener: TypeAlias = SSPIListener[trio.SocketStream]
+ResourceT = TypeVar("ResourceT", bound=trio.abc.AsyncResource)
 Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
 
 #: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
@@ -120,6 +122,7 @@ async def open_sspi_over_tcp_listeners(
     max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
     run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
+    impersonation: Impersonator | None = None,
     backlog: int | None = None,
 ) -> list[TCPListener]:
     """Listen. Accepting only wraps: the handshake is left to whoever uses the channel.
@@ -132,6 +135,7 @@ async def open_sspi_over_tcp_listeners(
       max_message_size: see `SSPIChannel`.
       run_blocking: see `SSPIChannel`.
       make_tracer: see `SSPIListener`.
+      impersonation: see `SSPIChannel`.
       backlog: see `trio.open_tcp_listeners`.
 
     Raises:
@@ -147,6 +151,7 @@ async def open_sspi_over_tcp_listeners(
             max_message_size=max_message_size,
             run_blocking=run_blocking,
             make_tracer=make_tracer,
+            impersonation=impersonation,
         )
         for listener in await trio.open_tcp_listeners(port, host=host, backlog=backlog)
     ]
@@ -162,6 +167,7 @@ async def serve_sspi_over_tcp(
     max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
     run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
+    impersonation: Impersonator | None = None,
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     handler_nursery: trio.Nursery | None = None,
@@ -184,6 +190,7 @@ async def serve_sspi_over_tcp(
       max_message_size: see `SSPIChannel`.
       run_blocking: see `SSPIChannel`.
       make_tracer: see `SSPIListener`.
+      impersonation: see `SSPIChannel`.
       backlog: see `trio.open_tcp_listeners`.
       handshake_timeout: seconds for each client's whole handshake.
       handler_nursery: where connections' tasks run; by default a nursery of its own.
@@ -201,6 +208,7 @@ async def serve_sspi_over_tcp(
         max_message_size=max_message_size,
         run_blocking=run_blocking,
         make_tracer=make_tracer,
+        impersonation=impersonation,
         backlog=backlog,
     )
     await serve_sspi_listeners(
@@ -227,30 +235,42 @@ async def serve_sspi_listeners(
     See `serve_sspi_over_tcp` for details.
     """
     counts = statistics if statistics is not None else ServerStatistics()
+    serve = partial(serve_connection, handler=handler, handshake_timeout=handshake_timeout, counts=counts)
+
+    def failed() -> None:
+        counts.accept_errors += 1
 
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(
-                _accept_forever, listener, handler_nursery or nursery, handler, handshake_timeout, counts
-            )
+            nursery.start_soon(accept_forever, listener, handler_nursery or nursery, serve, failed)
         # A nursery's block would end here, and the listeners' tasks never do.
         task_status.started(listeners)
     raise AssertionError("unreachable")  # pragma: no cover
 
 
-async def _accept_forever(
-    listener: TCPListener,
+async def accept_forever(
+    listener: trio.abc.Listener[ResourceT],
     nursery: trio.Nursery,
-    handler: Handler,
-    handshake_timeout: float,
-    counts: ServerStatistics,
+    serve: Callable[[ResourceT], Awaitable[object]],
+    failed: Callable[[], None],
 ) -> NoReturn:
+    """Accept connections and start ``serve(connection)`` for each, whatever accept(2) says of single ones.
+
+    Args:
+      listener: is closed at the end.
+      nursery: where the connections' tasks run.
+      serve: serves one, and raises nothing.
+      failed: called when accept has failed.
+
+    Raises:
+      OSError: the listener itself is of no use.
+    """
     async with listener:
         while True:
             try:
-                channel = await listener.accept()
+                connection = await listener.accept()
             except OSError as exc:
-                counts.accept_errors += 1
+                failed()
                 if exc.errno in _CAPACITY_ERRNOS:
                     log.error(  # noqa: TRY400 - the reason is all there is to it
                         "cannot accept: %s; trying again in %s s", exc.strerror, _CAPACITY_PAUSE
@@ -261,8 +281,7 @@ async def _accept_forever(
                 else:
                     raise
             else:
-                counts.accepted += 1
-                nursery.start_soon(serve_connection, channel, handler, handshake_timeout, counts)
+                nursery.start_soon(serve, connection)
 
 
 async def serve_connection(
@@ -274,6 +293,7 @@ async def serve_connection(
       Whether the peer was authenticated, and so the handler called.
     """
     # One coroutine for all of a connection's life: it waits for days, thousands of times.
+    counts.accepted += 1
     source = peer_address(channel)
     authenticated = False
     try:
@@ -342,8 +362,12 @@ def _seconds_left(peer: PeerIdentity) -> float | None:
 
 
 def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
-    end = _connection_end(exc)
-    if end is None:
+    end = connection_end(exc)
+    if isinstance(exc, ImpersonationError):
+        # A line missing in a map, and no bug.
+        counts.handler_errors += 1
+        log.warning("%s: %s: cannot be impersonated: %s", source, channel.peer, exc)
+    elif end is None:
         counts.handler_errors += 1
         log.error("%s: %s: the handler failed", source, channel.peer, exc_info=exc)
     elif is_ordinary_end(end):
@@ -353,12 +377,18 @@ def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: Serve
         log.warning("%s: %s: connection lost: %s", source, channel.peer, end)
 
 
-def _connection_end(exc: Exception) -> Exception | None:
-    """The end of the connection that a handler ran into, if that is all that it raised."""
+def connection_end(exc: Exception, *, closed: bool = False) -> Exception | None:
+    """The end of the connection that a handler ran into, if that is all that it raised.
+
+    Args:
+      exc: what it raised.
+      closed: whether somebody else than the handler may have closed the channel.
+    """
     if isinstance(exc, ExceptionGroup):
-        ends = [_connection_end(inner) for inner in exc.exceptions]
+        ends = [connection_end(inner, closed=closed) for inner in exc.exceptions]
         return None if None in ends else ends[0]
-    return exc if isinstance(exc, (trio.BrokenResourceError, trio.EndOfChannel)) else None
+    ended = isinstance(exc, (trio.BrokenResourceError, trio.EndOfChannel))
+    return exc if ended or (closed and isinstance(exc, trio.ClosedResourceError)) else None
 
 
 def is_ordinary_end(exc: Exception) -> bool:

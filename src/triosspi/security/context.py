@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
 from .._errors import AuthenticationError, UnsealError, printable
-from .identity import PeerIdentity
+from .identity import PeerIdentity, Traffic
 from .kerberos import root_reason
 from .native import take_over
 from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, FrameSealer, GSSWrapSealer, ProxySealer, Sealer
-from .spnego_compat import Proxy, inner_context, kerberos_enctype
+from .spnego_compat import Proxy, inner_context, kerberos_enctype, mechanism_of, sspi_context
 
 Usage = Literal["initiate", "accept"]
 
@@ -131,19 +131,24 @@ class SecurityContext:
             # Also within the boundary: python-gssapi raises a step's deferred error only here.
             if (proxy := self._proxy).complete:
                 self._finish(proxy)
-        except AuthenticationError:
-            self._fail()
+        except AuthenticationError as exc:
+            exc.mechanism = self._fail()
             raise
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            self._fail()
             # Not "from exc": its frames and arguments hold tokens, which can be attacked offline.
-            raise AuthenticationError(_describe(exc)) from None
+            raise AuthenticationError(_describe(exc), mechanism=self._fail()) from None
         return answer
 
-    def _fail(self) -> None:
+    def _fail(self) -> str | None:
+        """The handshake has failed, for good; by which mechanism it was, if one was chosen."""
         self._failed = True
+        # An initiator knows what it has tried, and pyspnego's own SPNEGO raises anything here too.
+        mechanism = None
+        if self.usage == "accept" and self._proxy is not None:
+            mechanism = mechanism_of(self._proxy)
         # It holds tokens and keys.
         self._proxy = None
+        return mechanism
 
     def _finish(self, proxy: Proxy) -> None:
         peer = self._check(proxy)
@@ -183,6 +188,17 @@ class SecurityContext:
         """Bytes that sealing adds. Only once `established`."""
         assert self._sealer is not None
         return self._sealer.trailer_size
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was sealed and opened. Only once `established`."""
+        assert self._sealer is not None
+        return Traffic(*self._sealer.traffic)
+
+    @property
+    def native(self) -> object | None:
+        """The system's own context, on Windows; None elsewhere. Only once `established`."""
+        return sspi_context(self._sealer.proxy) if isinstance(self._sealer, ProxySealer) else None
 
     def check_alive(self) -> None:
         """See that the peer's ticket has not ended.

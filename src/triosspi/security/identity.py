@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from datetime import datetime
+from typing import NamedTuple
 
 
 class ContextFlag(enum.IntFlag):
@@ -77,6 +78,22 @@ class PeerIdentity:
 
     def __str__(self) -> str:
         return self.principal
+
+
+class Traffic(NamedTuple):
+    """What has gone over a channel so far, in plaintext; the goodbye does not count.
+
+    Attributes:
+      messages_sent: how many messages were sealed.
+      bytes_sent: of how many bytes in all.
+      messages_received: how many messages were opened.
+      bytes_received: of how many bytes in all.
+    """
+
+    messages_sent: int
+    bytes_sent: int
+    messages_received: int
+    bytes_received: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,11 @@ class Sealer(Protocol):
         """Bytes of the trailers that it makes."""
         ...  # pragma: no cover
 
+    @property
+    def traffic(self) -> tuple[int, int, int, int]:
+        """The fields of `Traffic`."""
+        ...  # pragma: no cover
+
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal a message: (trailer, ciphertext)."""
         ...  # pragma: no cover
@@ -63,20 +68,54 @@ class FrameSealer(Sealer, Protocol):
         ...  # pragma: no cover
 
 
-class ProxySealer:
-    """pyspnego's own, for NTLM and for native SSPI."""
+class _Counting:
+    """Counts what goes through `_seal` and `_open`, which are a subclass's."""
 
     def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
         self._proxy = proxy
         self.trailer_size = trailer_size
+        self._counts = [0, 0, 0, 0]
+
+    @property
+    def traffic(self) -> tuple[int, int, int, int]:
+        """See `Sealer.traffic`."""
+        messages_sealed, bytes_sealed, messages_opened, bytes_opened = self._counts
+        return messages_sealed, bytes_sealed, messages_opened, bytes_opened
 
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """See `Sealer.seal`."""
-        sealed = self._proxy.wrap_winrm(message)
-        return sealed.header, sealed.data
+        sealed = self._seal(message)
+        self._counts[0] += bool(message)
+        self._counts[1] += len(message)
+        return sealed
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         """See `Sealer.open`."""
+        message = self._open(trailer, ciphertext)
+        self._counts[2] += bool(message)
+        self._counts[3] += len(message)
+        return message
+
+    def _seal(self, message: bytes) -> tuple[bytes, bytes]:
+        raise NotImplementedError
+
+    def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
+        raise NotImplementedError
+
+
+class ProxySealer(_Counting):
+    """pyspnego's own, for NTLM and for native SSPI."""
+
+    @property
+    def proxy(self) -> ContextProxy:
+        """The context."""
+        return self._proxy
+
+    def _seal(self, message: bytes) -> tuple[bytes, bytes]:
+        sealed = self._proxy.wrap_winrm(message)
+        return sealed.header, sealed.data
+
+    def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         # Checked here because pyspnego compares whatever bytes it is given: an NTLM signature of
         # another length would only fail after the RC4 state has moved.
         if len(trailer) != self.trailer_size:
@@ -84,7 +123,7 @@ class ProxySealer:
         return self._proxy.unwrap_winrm(trailer, ciphertext)
 
 
-class GSSWrapSealer:
+class GSSWrapSealer(_Counting):
     """Kerberos with an AES encryption type over a GSS-API library.
 
     `gss_wrap` makes header | ciphertext, not rotated; SSPI's buffers are the same token rotated right
@@ -93,12 +132,10 @@ class GSSWrapSealer:
     """
 
     def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
-        self._proxy = proxy
-        self.trailer_size = trailer_size
+        super().__init__(proxy, trailer_size)
         self._rotation = trailer_size - _WRAP_HEADER_SIZE - _CONFOUNDER_SIZE
 
-    def seal(self, message: bytes) -> tuple[bytes, bytes]:
-        """See `Sealer.seal`."""
+    def _seal(self, message: bytes) -> tuple[bytes, bytes]:
         token = self._proxy.wrap(message, encrypt=True).data
         if not token.startswith(_RFC4121_WRAP):
             # RC4-HMAC: no rotation, and no layout in SSPI's buffers that would be ours to give.
@@ -110,8 +147,7 @@ class GSSWrapSealer:
             _WRAP_HEADER_SIZE + cut : -turn
         ]
 
-    def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
-        """See `Sealer.open`."""
+    def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         # unwrap_iov(stream + data) would take any cut too, and aborts the process on some tokens.
         opened = self._proxy.unwrap(trailer + ciphertext)
         if not opened.encrypted:

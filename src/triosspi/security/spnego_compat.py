@@ -28,6 +28,7 @@ from spnego._ntlm import NTLMProxy
 from spnego._ntlm_raw.crypto import rc4k
 from spnego._ntlm_raw.md4 import md4
 from spnego._ntlm_raw.messages import NegotiateFlags
+from spnego._sspi import SSPIProxy
 from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, printable
@@ -57,6 +58,7 @@ __all__ = [
     "ntlm_flags",
     "rc4k",
     "reset_crypto",
+    "sspi_context",
     "upper_case_as_windows",
 ]
 
@@ -230,6 +232,14 @@ def inner_context(proxy: Proxy) -> ContextProxy | None:
     return proxy
 
 
+def mechanism_of(proxy: Proxy) -> str | None:
+    """The mechanism that a context is about, ``"ntlm"`` or ``"kerberos"``, however far it has come."""
+    inner = inner_context(proxy)
+    if isinstance(inner, NTLMProxy):
+        return "ntlm"
+    return "kerberos" if isinstance(inner, GSSAPIProxy) else None
+
+
 def reset_crypto(context: Mechanism, outgoing: bool) -> None:
     """Begin RC4 anew in one direction, after a mechListMIC; nothing where the mechanism is not NTLM."""
     if isinstance(context, NTLMProxy):
@@ -353,6 +363,11 @@ def gssapi_context(proxy: ContextProxy) -> Any:
     """The library's own context of a finished Kerberos context."""
     assert isinstance(proxy, GSSAPIProxy)
     return proxy._context
+
+
+def sspi_context(proxy: ContextProxy) -> object | None:
+    """The system's own context, where SSPI is the system's: on Windows."""
+    return proxy._context if isinstance(proxy, SSPIProxy) else None
 
 
 def mics_exchanged(proxy: Proxy) -> tuple[int, int]:

@@ -1,0 +1,256 @@
+r"""Which local account a peer becomes.
+
+The file is explicit, a line for each principal or for all of a realm or domain, and the first line that
+matches decides::
+
+    # principal or pattern     local account
+    alice@EXAMPLE.COM          alice
+    DOM\alice                  alice
+    "DOM\Bob Smith"            bob
+    DOM\guest                  -
+    DOM\*                      *
+    *@EXAMPLE.COM              visitor
+
+``-`` is nobody. ``*`` on the right stands for what ``*`` stands for on the left: the principal's name
+without its domain.
+
+There is no way to a local account but through a line (or, where that was asked for, the ``auth_to_local``
+rules of krb5.conf). Above all ``DOM\alice`` is never tried as ``alice``: whoever could make an account
+in the domain would become any local user by choosing that user's name (CVE-2020-25717). For the same
+reason only a line that names a principal can give it root or a system account, never a pattern: ``root``
+may well be a name in a domain.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .._errors import ConfigurationError, ImpersonationError, printable
+from ..security.identity import PeerIdentity
+from ..security.names import simple_upper
+from .auth_to_local import auth_to_local, check_auth_to_local
+
+#: Where accounts of people begin: login.defs's UID_MIN nearly everywhere.
+DEFAULT_MIN_UID: Final = 1000
+#: Seconds; as long may a user's groups, or the user, have changed without being noticed.
+_MAX_AGE: Final = 60.0
+#: Whoever is looked up has authenticated and stands in the map, but there may be many.
+_CACHE_SIZE: Final = 4096
+
+# "alice@REALM  alice", '"DOM\Bob Smith"  bob', and a comment behind them.
+_LINE: Final = re.compile(r'(?:"(?P<quoted>[^"]+)"|(?P<plain>[^\s"]+))\s+(?P<account>[^\s"#]+)(?:\s+#.*)?')
+_NOBODY: Final = "-"
+_SID: Final = re.compile(r"S-1-\d+(-\d+)+", re.IGNORECASE)
+# What a peer's own name may be to be looked up as a local one: not "..", no path, no realm, no option, no list.
+_NAME: Final = re.compile(r"\w[\w.-]*\$?")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAccount:
+    """Who a thread becomes: all that the kernel must be told, looked up beforehand.
+
+    Attributes:
+      name: the local account's name.
+      uid: its user id.
+      gid: its primary group's id.
+      groups: the ids of all its groups, the primary one included.
+    """
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+    @classmethod
+    def lookup(cls, name: str) -> LocalAccount:
+        """Ask the system (NSS), which may ask a directory server: it may block.
+
+        Raises:
+          ImpersonationError: there is no such account, or nobody could tell.
+        """
+        import pwd  # noqa: PLC0415 - not on Windows, where this module is imported all the same
+
+        try:
+            entry = pwd.getpwnam(name)
+            # What a later look-up gives, as somebody else and in the middle of a switch, nobody knows: hence all now.
+            groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
+        except (KeyError, ValueError):
+            raise ImpersonationError(f"there is no local account {printable(name)}") from None
+        except OSError as exc:
+            raise ImpersonationError(f"the local account {printable(name)} was not found: {exc.strerror}") from None
+        return cls(entry.pw_name, entry.pw_uid, entry.pw_gid, tuple(sorted(set(groups))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    r"""One line: whom it is about, and what becomes of him.
+
+    Attributes:
+      who: a principal, ``*@REALM`` or ``DOM\*``.
+      account: a local account, `_NOBODY`, or ``*`` for the peer's own name.
+      where: file and line.
+    """
+
+    who: str
+    account: str
+    where: str
+
+    @property
+    def named(self) -> bool:
+        """Whether it is about one principal."""
+        return "*" not in self.who
+
+
+def _parse_line(line: str, where: str) -> _Rule | None:
+    text = line.strip()
+    if not text or text.startswith("#"):
+        return None
+    match = _LINE.fullmatch(text)
+    if match is None:
+        raise ConfigurationError(
+            f"{where}: write a principal or pattern, then a local account, such as 'DOM\\bob  bob'"
+        )
+    who, account = match["quoted"] or match["plain"], match["account"]
+    name = who.removeprefix("*@") if who.startswith("*@") else who.removesuffix("\\*")
+    if not name or "*" in name or name.startswith(("@", "\\")) or name.endswith(("@", "\\")):
+        raise ConfigurationError(f"{where}: {who!r} is neither a principal, nor '*@REALM', nor 'DOM\\*'")
+    if _SID.fullmatch(who):
+        raise ConfigurationError(f"{where}: a SID; accounts are mapped by the principal's name")
+    if "*" in account and (account != "*" or name == who):
+        raise ConfigurationError(f"{where}: '*' as local account is for a pattern's own '*', and stands alone")
+    return _Rule(who, account, where)
+
+
+def _matches(rule: _Rule, peer: PeerIdentity) -> bool:
+    found = [peer.principal]
+    if peer.domain:
+        found.append(f"*@{peer.domain}" if peer.mechanism == "kerberos" else f"{peer.domain}\\*")
+    # As in `security.authorization`: to an MIT KDC "Alice" and "alice" are two people.
+    if peer.mechanism == "ntlm" or peer.pac is not None:
+        return simple_upper(rule.who) in map(simple_upper, found)
+    return rule.who in found
+
+
+class AccountMap:
+    r"""A file of principals and local accounts, see the head of this module; read once.
+
+    May be used by several threads at once.
+
+    Args:
+      path: the file; None where ``auth_to_local`` is all there is.
+      auth_to_local: ask the Kerberos library about Kerberos principals that no line is about: the rules
+          ``auth_to_local`` of krb5.conf, and its plug-ins, such as SSSD's. Without rules that makes
+          ``alice`` of ``alice@REALM`` where REALM is the machine's own.
+      min_uid: smaller uids are for lines that name a principal alone; uid 0 is so in any case.
+
+    Raises:
+      ConfigurationError: a line means nothing or names an account that does not exist; others may write
+          the file; or the Kerberos library is not there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        *,
+        auth_to_local: bool = False,
+        min_uid: int = DEFAULT_MIN_UID,
+    ) -> None:
+        if path is None and not auth_to_local:
+            raise ConfigurationError("nobody could be impersonated: give an account map, auth_to_local or both")
+        if min_uid < 0:
+            raise ConfigurationError(f"min_uid is {min_uid}, and must not be less than 0")
+        if auth_to_local:
+            check_auth_to_local()
+        self._auth_to_local = auth_to_local
+        self.min_uid = min_uid
+        self._rules = [] if path is None else _read(Path(path))
+        self._cache: dict[tuple[str, str, bool], tuple[LocalAccount, float]] = {}
+        #: The accounts that lines name, each once.
+        self.named: list[LocalAccount] = self._look_up_named()
+
+    def _look_up_named(self) -> list[LocalAccount]:
+        found: dict[str, LocalAccount] = {}
+        for rule in self._rules:
+            if rule.account in ("*", _NOBODY):
+                continue
+            try:
+                account = found[rule.account] = LocalAccount.lookup(rule.account)
+                self._check_floor(account, named=rule.named)
+            except ImpersonationError as exc:
+                raise ConfigurationError(f"{rule.where}: {exc}") from None
+        return list(found.values())
+
+    def _check_floor(self, account: LocalAccount, *, named: bool) -> None:
+        if not named and (account.uid < self.min_uid or account.uid == 0):
+            raise ImpersonationError(
+                f"the local account {printable(account.name)} has the uid {account.uid}, "
+                f"and uids below {max(self.min_uid, 1)} are only for principals that a line names"
+            )
+
+    def cached(self, peer: PeerIdentity) -> LocalAccount | None:
+        """What `lookup` has found within the last minute."""
+        account, until = self._cache.get(_key(peer), (None, 0.0))
+        return account if time.monotonic() < until else None
+
+    def lookup(self, peer: PeerIdentity) -> LocalAccount:
+        """Find a peer's account. May block.
+
+        Raises:
+          ImpersonationError: it has none, or none that it may have.
+        """
+        name, named = self._local_name(peer)
+        account = LocalAccount.lookup(name)
+        self._check_floor(account, named=named)
+        if len(self._cache) >= _CACHE_SIZE:
+            self._cache.clear()
+        self._cache[_key(peer)] = (account, time.monotonic() + _MAX_AGE)
+        return account
+
+    def _local_name(self, peer: PeerIdentity) -> tuple[str, bool]:
+        who = printable(peer.principal)
+        for rule in self._rules:
+            if _matches(rule, peer):
+                if rule.account == _NOBODY:
+                    raise ImpersonationError(f"{who} is nobody here ({rule.where})")
+                if rule.account != "*":
+                    return rule.account, rule.named
+                if not _NAME.fullmatch(peer.name):
+                    raise ImpersonationError(f"{who} has no name that a local account could have ({rule.where})")
+                return peer.name, False
+        if self._auth_to_local and peer.mechanism == "kerberos":
+            name = auth_to_local(peer.principal)
+            if name is not None:
+                return name, False
+        raise ImpersonationError(f"{who} has no local account")
+
+
+def _key(peer: PeerIdentity) -> tuple[str, str, bool]:
+    # All that the rules look at; name and domain follow from these.
+    return peer.principal, peer.mechanism, peer.pac is not None
+
+
+def _read(path: Path) -> list[_Rule]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            status = os.fstat(file.fileno())
+            text = file.read()
+    except OSError as exc:
+        raise ConfigurationError(f"cannot read the account map {path}: {exc.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"the account map {path} is not UTF-8 text") from None
+    # Whoever may write it may be anybody. Windows has neither these bits nor this file.
+    if os.name == "posix" and (
+        status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid())
+    ):
+        raise ConfigurationError(f"{path}: others than root and this server may write it: chmod 644, chown root")
+    rules = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1)]
+    found = [rule for rule in rules if rule is not None]
+    if not found:
+        raise ConfigurationError(f"{path}: no line maps anybody")
+    return found
