@@ -1,0 +1,325 @@
+"""Where a server listens: TCP addresses, unix sockets, descriptors that it was given."""
+
+# Whoever opens the sockets keeps them: with workers that is the parent, which accepts nothing itself, so
+# that what is queued on a socket outlives the worker that was to accept it. Workers get descriptors and
+# make their own listeners of them (see `descriptors`). So a unix socket's file is removed by `close_listeners` or
+# `remove_socket_files` only, in the process that made it: that a worker closes its listener is not the end
+# of the socket.
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import socket
+from collections.abc import Iterable, MutableMapping
+from contextlib import ExitStack, suppress
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
+
+import trio
+
+from .._errors import ConfigurationError
+from .._tcp import format_address
+from .addresses import IPAddress, format_peer, unmapped
+from .descriptors import inherited_listeners
+from .reasons import reason
+from .unix_sockets import UNIX, SocketFile, open_unix_socket
+
+#: All interfaces, as the sample's INADDR_ANY, and IPv6 too.
+ANY_HOST: Final = ("0.0.0.0", "::")  # noqa: S104 - a server
+
+# What binding says where the machine has no IPv6.
+_NO_SUCH_FAMILY: Final = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+# The most that every system takes; each cuts it to what it allows.
+_LONGEST_BACKLOG: Final = 0xFFFF
+# Port 0: how often to ask for another where the first address's choice is taken on the second.
+_TRIES: Final = 10
+
+# Questions that a silent peer's kernel may leave unanswered.
+_KEEPALIVE_PROBES: Final = 4
+# macOS has another name for the first. Where there is none, the system's own times hold.
+_KEEPALIVE_IDLE: Final[int | None] = getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None))
+_KEEPALIVE_INTERVAL: Final[int | None] = getattr(socket, "TCP_KEEPINTVL", None)
+_KEEPALIVE_COUNT: Final[int | None] = getattr(socket, "TCP_KEEPCNT", None)
+
+_FILES: Final[WeakKeyDictionary[trio.SocketListener, SocketFile]] = WeakKeyDictionary()
+
+
+class ListenSettings(Protocol):
+    """What is read of the settings."""
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names or addresses; none are `ANY_HOST`, or nothing where there are unix sockets."""
+
+    @property
+    def port(self) -> int:
+        """TCP port of all of them; 0 lets the system choose."""
+
+    @property
+    def unix(self) -> tuple[Path, ...]:
+        """Unix sockets."""
+
+    @property
+    def unix_mode(self) -> int:
+        """Who may connect to them: the file's mode."""
+
+    @property
+    def backlog(self) -> int | None:
+        """How many connections may wait; None: as many as the system allows."""
+
+
+# Opening and closing
+
+
+async def open_listeners(
+    settings: ListenSettings, environ: MutableMapping[str, str] | None = None
+) -> list[trio.SocketListener]:
+    """Listen everywhere; or take the sockets that systemd has opened, and then nowhere else.
+
+    Args:
+      settings: where.
+      environ: the environment, by default this process's; the variables of systemd's protocol are removed.
+
+    Raises:
+      ConfigurationError: somewhere it is not possible; then nothing is left open.
+    """
+    (listeners,) = await _open(settings, environ, 1, reuse_port=False)
+    return listeners
+
+
+async def reuse_port_sockets(
+    settings: ListenSettings, count: int, environ: MutableMapping[str, str] | None = None
+) -> list[list[trio.SocketListener]]:
+    """Listen everywhere, with TCP sockets of its own for each of ``count`` workers (SO_REUSEPORT).
+
+    The kernel then deals out connections among the workers. Unix sockets, and those that systemd has
+    opened, are shared: the same listeners stand in each list.
+
+    See `open_listeners` for details.
+    """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigurationError("this system has no SO_REUSEPORT: its workers must share their sockets")
+    return await _open(settings, environ, count, reuse_port=True)
+
+
+async def close_listeners(listeners: Iterable[trio.SocketListener]) -> None:
+    """Close listeners of this module, and remove their files; see `remove_socket_files`."""
+    listeners = list(listeners)
+    # While they are open: who starts next finds either a socket that answers, or none.
+    remove_socket_files(listeners)
+    for listener in listeners:
+        listener.socket.close()
+    await trio.lowlevel.checkpoint()
+
+
+def remove_socket_files(listeners: Iterable[trio.SocketListener]) -> None:
+    """Remove the files of unix sockets that this process has made, if they are still the same files."""
+    for listener in listeners:
+        if (file := _FILES.pop(listener, None)) is not None:
+            file.remove()
+
+
+def where(listener: trio.SocketListener) -> str:
+    """What a listener is bound to, for people: ``0.0.0.0:2000``, ``[::]:2000`` or ``unix:/run/triosspi.sock``."""
+    name: Any = listener.socket.getsockname()
+    if listener.socket.family == UNIX:
+        return f"unix:{os.fsdecode(name)}".replace("\0", "@")
+    host, port, *_ = name
+    return format_address(host, port)
+
+
+async def _open(
+    settings: ListenSettings, environ: MutableMapping[str, str] | None, count: int, *, reuse_port: bool
+) -> list[list[trio.SocketListener]]:
+    inherited = inherited_listeners(os.environ if environ is None else environ)
+    if inherited:
+        return [list(inherited) for _ in range(count)]
+    with ExitStack() as undo:
+        rows: list[list[trio.SocketListener]] = [[] for _ in range(count)]
+        # Whoever names a unix socket and no host does not want to be reached from everywhere.
+        if settings.hosts or not settings.unix:
+            rows = await _open_tcp(settings, count, undo, reuse_port=reuse_port)
+        for path in settings.unix:
+            listener = _open_unix(path, settings, undo)
+            for row in rows:
+                row.append(listener)
+        undo.pop_all()
+    return rows
+
+
+def _open_unix(path: Path, settings: ListenSettings, undo: ExitStack) -> trio.SocketListener:
+    # Not `resolve`: where there is a link it is looked at, not followed.
+    sock, file = open_unix_socket(Path(os.path.abspath(path)), settings.unix_mode, _backlog(settings))
+    undo.callback(sock.close)
+    undo.callback(file.remove)
+    listener = _listener(sock)
+    _FILES[listener] = file
+    return listener
+
+
+def _backlog(settings: ListenSettings) -> int:
+    return _LONGEST_BACKLOG if settings.backlog is None else min(settings.backlog, _LONGEST_BACKLOG)
+
+
+def _listener(sock: socket.socket) -> trio.SocketListener:
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+
+# TCP
+
+
+async def _open_tcp(
+    settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
+) -> list[list[trio.SocketListener]]:
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with ExitStack() as attempt:
+                rows = await _bind_all(settings, count, attempt, reuse_port=reuse_port)
+                undo.push(attempt.pop_all())
+                return rows
+        except _PortTaken:
+            if not tries_left:
+                raise
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
+class _PortTaken(ConfigurationError):
+    """A port that the system has chosen for one address is not free on another."""
+
+
+async def _bind_all(
+    settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
+) -> list[list[trio.SocketListener]]:
+    rows: list[list[trio.SocketListener]] = [[] for _ in range(count)]
+    port = settings.port
+    for host in settings.hosts or ANY_HOST:
+        try:
+            for family, address in await _resolve(host, port):
+                # The system's choice for the first address serves the others too.
+                address_and_port = (address[0], port, *address[2:])
+                sockets = _bind(family, address_and_port, settings, count, undo, reuse_port=reuse_port)
+                for row, sock in zip(rows, sockets, strict=True):
+                    row.append(_listener(sock))
+                port = sockets[0].getsockname()[1]
+        except OSError as exc:
+            if not settings.hosts and rows[0] and exc.errno in _NO_SUCH_FAMILY:
+                continue
+            taken = exc.errno == errno.EADDRINUSE and port != settings.port
+            raise _cannot_listen(format_address(host, port), reason(exc), taken=taken) from None
+        except UnicodeError:
+            raise _cannot_listen(format_address(host, port), "no host can be called so") from None
+    return rows
+
+
+async def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    # A name in /etc/hosts may stand there twice with one address: it can be bound once.
+    addresses: dict[tuple[socket.AddressFamily, Any], None] = {}
+    addresses.update(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    usable = [(family, address) for family, address in addresses if family != socket.AF_INET6 or _has_ipv6()]
+    # Where none is, binding says why.
+    return usable or list(addresses)
+
+
+def _has_ipv6() -> bool:
+    """Whether the kernel knows IPv6 at all: a name may have such an address nevertheless."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_STREAM).close()
+    except OSError:
+        return False
+    return True
+
+
+def _bind(
+    family: socket.AddressFamily,
+    address: tuple[Any, ...],
+    settings: ListenSettings,
+    count: int,
+    undo: ExitStack,
+    *,
+    reuse_port: bool,
+) -> list[socket.socket]:
+    """Bind ``count`` sockets to one address, and listen.
+
+    Raises:
+      OSError: it is not possible.
+    """
+    sockets: list[socket.socket] = []
+    for _ in range(count):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        undo.callback(sock.close)
+        if os.name != "nt":
+            # Else a restart would have to wait for the last connections' TIME_WAIT.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # IPv4 has sockets of its own.
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            address = sockets[0].getsockname()
+        sock.bind(address)
+        if reuse_port and not sockets:
+            # Only now: with it, binding would succeed beside another server of the same user, and the two
+            # would share the clients between them.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.listen(_backlog(settings))
+        sockets.append(sock)
+    return sockets
+
+
+def _cannot_listen(place: str, why: str, *, taken: bool = False) -> ConfigurationError:
+    kind = _PortTaken if taken else ConfigurationError
+    return kind(f"cannot listen on {place}: {why}; choose others with --host and --port")
+
+
+# Accepted connections
+
+
+def tune(stream: trio.SocketStream, keepalive: float | None) -> None:
+    """Set up an accepted connection: no delay, and a peer that has vanished is noticed.
+
+    A connection that is broken already is left as it is: reading from it will tell.
+
+    Args:
+      stream: of a unix socket: nothing is done, its kernel knows both ends.
+      keepalive: seconds of silence after which the peer's kernel is asked whether it is there; when it does not answer
+        for as long again, the connection is over. None: never.
+    """
+    sock = stream.socket
+    if sock.family == UNIX:
+        return
+    with suppress(OSError):
+        # `trio.SocketStream` does so too, but promises it only as its default.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if keepalive is None:
+            return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        idle = max(1, math.ceil(keepalive))
+        for option, value in (
+            (_KEEPALIVE_IDLE, idle),
+            (_KEEPALIVE_INTERVAL, max(1, idle // _KEEPALIVE_PROBES)),
+            (_KEEPALIVE_COUNT, _KEEPALIVE_PROBES),
+        ):
+            if option is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def source_of(stream: trio.SocketStream) -> tuple[IPAddress | None, str]:
+    """Where a connection comes from.
+
+    Returns:
+      The address (None: a unix socket, or a peer that is gone already), and the same for people:
+      ``192.0.2.1:50000``, ``[2001:db8::1]:50000``, ``unix``.
+    """
+    if stream.socket.family == UNIX:
+        return None, "unix"
+    try:
+        host, port, *_ = stream.socket.getpeername()
+    except OSError:
+        return None, "unknown address"
+    address = unmapped(ip_address(host))
+    return address, format_peer(address, port)
