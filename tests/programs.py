@@ -13,7 +13,13 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import pytest
+import trio
+
+from triosspi.service.program import Program, Started
+from triosspi.service.server import Loaded
 
 MODULE = (sys.executable, "-m", "triosspi")
 SCRIPT = (str(Path(sys.executable).with_name("triosspi")),)
@@ -49,6 +55,23 @@ def run(
     )
     out, err = os.fsdecode(result.stdout), os.fsdecode(result.stderr)
     return subprocess.CompletedProcess(result.args, result.returncode, out, err)
+
+
+def stop_at_once(patch: pytest.MonkeyPatch) -> list[Loaded]:
+    """Have `triosspi serve`, run in this process, stop as soon as it serves; what it has served with."""
+    real = Program.serve
+    seen: list[Loaded] = []
+
+    async def serve(self: Program, loaded: Loaded, started: Started, **options: Any) -> bool:
+        def start(listeners: list[trio.SocketListener]) -> None:
+            started(listeners)
+            signal.raise_signal(signal.SIGTERM)
+
+        seen.append(loaded)
+        return await real(self, loaded, start, **options)
+
+    patch.setattr(Program, "serve", serve)
+    return seen
 
 
 class Running:

@@ -21,7 +21,7 @@ import pytest
 import trio
 
 import triosspi
-from programs import MODULE, PATIENCE, SCRIPT, Running, run, running, terminal
+from programs import MODULE, PATIENCE, SCRIPT, Running, run, running, stop_at_once, terminal
 from triosspi import AccountFile, Initiator, open_sspi_over_tcp_channel
 from triosspi.security.spnego_compat import nt_hash
 from triosspi.service import account_editor, cli
@@ -491,7 +491,9 @@ def test_once_serves_one_client_and_verbose_prints_the_samples_transcript(accoun
         assert connect_to(server, call) == (0, f"{GREETING}\n", "")
         assert server.wait() == 0
         assert re.fullmatch(TRANSCRIPT, server.out)
-        assert server.err == ""
+        login, end = server.err.splitlines()
+        assert re.match(r"\S+ \S+ INFO 127\.0\.0\.1:\d+: DOM\\alice: login \(session_id=1 mechanism=ntlm ", login)
+        assert re.search(r": session ended \(.* outcome=finished .* messages_sent=1 .* bytes_sent=28 ", end)
 
 
 def test_once_fails_when_the_login_is_refused_and_the_log_says_why_without_a_secret(accounts: Path, call: Call) -> None:
@@ -511,7 +513,8 @@ def test_tokens_are_dumped_only_when_asked_for_and_with_a_warning(accounts: Path
     for server in serve_once(accounts, "--dump-tokens", "--message", "Good day"):
         assert connect_to(server, call) == (0, "Good day\n", "")
         assert server.wait() == 0
-        (warning,) = server.err.splitlines()
+        warning, *audit = server.err.splitlines()
+        assert len(audit) == 2
         assert warning.startswith("triosspi: --dump-tokens: ")
         shown = "".join(DUMP_LINE.findall(server.out))
         assert shown.count("NTLMSSP.") == 3
@@ -534,7 +537,8 @@ def test_a_signal_ends_the_server_with_status_0_and_one_line(
         if connected:
             client.connect(("127.0.0.1", port))
         assert server.stop(number) == 0
-        assert re.fullmatch(rf"\S+ \S+ INFO {number.name}: stopping\n", server.err)
+        dropped = r"\S+ \S+ WARNING connections dropped: draining \(count=1 [^\n]*\n" if connected else ""
+        assert re.fullmatch(rf"\S+ \S+ INFO {number.name}: stopping\n{dropped}", server.err)
         assert server.out.count("\n") == 1
 
 
@@ -620,7 +624,7 @@ def test_a_server_whose_output_nobody_reads_goes_on_serving(accounts: Path, call
         assert server.stderr is not None
         log = server.stderr.read().decode().splitlines()
         assert server.wait(PATIENCE) == 0
-    assert [line.split(" ", 2)[2] for line in log] == [
+    assert [line.split(" ", 2)[2] for line in log if "session_id" not in line] == [
         "WARNING standard output was closed: serving goes on without it",
         "INFO SIGTERM: stopping",
     ]
@@ -644,17 +648,8 @@ def test_a_server_whose_output_nobody_reads_goes_on_serving(accounts: Path, call
 def test_a_demo_account_is_made_up_where_nobody_else_could_log_in(
     call: Call, accounts: Path, arguments: str, demo: bool
 ) -> None:
-    real = cli.serve.run_server
-
-    async def stop_at_once(options: Any, started: Callable[[Any], None]) -> bool:
-        def start(listeners: Any) -> None:
-            started(listeners)
-            signal.raise_signal(signal.SIGTERM)
-
-        return await real(options, start)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.serve, "run_server", stop_at_once)
+        stop_at_once(patch)
         if "KEYTAB" in arguments:
             patch.setenv("KRB5_KTNAME", "/nowhere/krb5.keytab")
         outcome = call("serve", *LOCAL, *arguments.removeprefix("KEYTAB").replace("FILE", str(accounts)).split())

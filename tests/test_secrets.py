@@ -19,7 +19,7 @@ from triosspi._session import Session
 from triosspi.security import ntlm
 from triosspi.security.ntlm import NTLMPolicy
 from triosspi.security.spnego_compat import rc4k
-from triosspi.service.server import DemoAccount
+from triosspi.service.demo import DemoAccount
 
 PASSWORD = "Tr0ub4dor&3"
 SESSION_KEY = bytes(range(0x61, 0x71))

@@ -1,4 +1,4 @@
-"""The command line: ``triosspi serve``, ``connect`` and ``accounts``."""
+"""The command line: ``triosspi serve``, ``connect``, ``accounts``, ``check-config`` and ``config-example``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import NoReturn
 
 try:
     import click
-except ImportError:  # pragma: no cover - needs an installation without the extra
-    sys.exit("triosspi: the command line needs click: pip install 'triosspi[server]'")
+    import msgspec  # noqa: F401 - what imports it comes below
+except ImportError as exc:  # pragma: no cover - needs an installation without the extra
+    sys.exit(f"triosspi: the command line needs {exc.name}: pip install 'triosspi[server]'")
 
 from ... import __version__
 from ..._errors import SSPIError
 from ...security.native import available as sealing_is_native
 from ..client import ConnectError
-from . import accounts, connect, serve
+from ..configuration import ConfigurationErrors
+from . import accounts, config, connect, serve
 
 
 def main() -> NoReturn:
-    """Run the command line. Every failure is one line on standard error, never a traceback."""
+    """Run the command line. Every failure is a line on standard error, never a traceback."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What others have sent or written may not be in the terminal's alphabet.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -27,18 +29,21 @@ def main() -> NoReturn:
         code = cli(standalone_mode=False)
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx is not None else "triosspi"
-        _fail(f"{exc.format_message()} (see '{command} --help')", 2)
+        _fail(f"{exc.format_message()} (see '{command} --help')", status=2)
     except click.ClickException as exc:
         _fail(exc.format_message())
     except click.Abort:
         _fail("aborted")
+    except ConfigurationErrors as exc:
+        _fail(*exc.lines)
     except (SSPIError, ConnectError) as exc:
         _fail(str(exc))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(text: str, status: int = 1) -> NoReturn:
-    click.echo(f"triosspi: {' '.join(text.split())}", err=True)
+def _fail(*texts: str, status: int = 1) -> NoReturn:
+    for text in texts:
+        click.echo(f"triosspi: {' '.join(text.split())}", err=True)
     sys.exit(status)
 
 
@@ -69,3 +74,5 @@ def _show_version(verbose: bool) -> None:
 cli.add_command(serve.serve)
 cli.add_command(connect.connect)
 cli.add_command(accounts.accounts)
+cli.add_command(config.check_config)
+cli.add_command(config.config_example)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Final
 
 import click
 
 from ..._wire import WireFormat
-
-#: The sample's.
-DEFAULT_PORT: Final = 2000
 
 WIRES: Final = click.Choice([wire.value for wire in WireFormat])
 MECHANISMS: Final = click.Choice(["negotiate", "kerberos", "ntlm"])
@@ -25,11 +21,9 @@ def message_bytes(message: str) -> bytes:
     return os.fsencode(message)
 
 
-def log_to_stderr() -> None:
-    """Show the log of the server, from INFO on, on standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("triosspi")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+def log_to_stderr(level: str = "info", form: str = "console") -> None:
+    """Show the log, from a level on, on standard error; see `configure`."""
+    # Not at the top: structlog takes longer to import than most commands to run.
+    from ..logs import configure  # noqa: PLC0415
+
+    configure(level, form)

@@ -1,0 +1,108 @@
+"""What a server is put together of, made from `Settings`; most of it again at each reload."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .._tcp import Handler
+from .._wire import SAMPLE_RECORD_SIZE, WireFormat
+from ..impersonation import AccountMap, Impersonation
+from ..security.accounts import AccountFile, AccountSource
+from ..security.credentials import Acceptor, Mechanism
+from ..security.sealers import NTLM_TRAILER_SIZE
+from .apps import SAMPLE_MESSAGE, Greet, echo, load_app
+from .options import OptionError
+from .settings import Accept, Impersonate, Serve, Settings
+
+_WINDOWS = sys.platform == "win32"
+
+
+def needs_demo_account(accept: Accept) -> bool:
+    """Whether nobody else could log in."""
+    if _WINDOWS or accept.accounts is not None:
+        return False
+    # A keytab is of no use to NTLM.
+    return accept.mechanisms == "ntlm" or (accept.mechanisms == "negotiate" and accept.keytab is None)
+
+
+def make_acceptor(accept: Accept, demo: AccountSource | None = None) -> Acceptor:
+    """What clients authenticate with. Reads the account file and the keytab.
+
+    Args:
+      accept: the settings.
+      demo: who may log in by NTLM where the settings name nobody, see `needs_demo_account`.
+
+    Raises:
+      ConfigurationError: it cannot work; a file that cannot be read, a rule that means nothing.
+    """
+    source = demo if accept.accounts is None else AccountFile(accept.accounts)
+    mechanisms: tuple[Mechanism, ...] | None = None if accept.mechanisms == "negotiate" else (accept.mechanisms,)
+    if not _WINDOWS and accept.mechanisms == "kerberos":
+        # On Windows a given source must reach the acceptor, which says that there are no account files.
+        source = None
+    return Acceptor(
+        accounts=source,
+        # Likewise; and NTLM alone is not to fail for a keytab that it never looks at.
+        keytab=None if _WINDOWS or accept.mechanisms == "ntlm" else accept.keytab,
+        mechanisms=mechanisms,
+        spns=accept.spns,
+        allow_rc4=accept.allow_rc4,
+        allow=accept.allow,
+        deny=accept.deny,
+        require_groups=accept.require_groups,
+        require_mic=not accept.allow_missing_mic,
+        target_names=accept.target_names,
+        require_target=accept.require_target,
+    )
+
+
+def make_account_map(impersonate: Impersonate) -> AccountMap | None:
+    """Who is impersonated as whom, or None where nobody is. Reads the file.
+
+    Raises:
+      ConfigurationError: see `AccountMap`.
+    """
+    if not impersonate.impersonate or _WINDOWS:
+        return None
+    if impersonate.account_map is None and not impersonate.auth_to_local:
+        names = ("account_map", "auth_to_local")
+        raise OptionError("impersonate", "needs account_map, auth_to_local or both", mentions=names)
+    return AccountMap(impersonate.account_map, auth_to_local=impersonate.auth_to_local, min_uid=impersonate.min_uid)
+
+
+def make_impersonation(impersonate: Impersonate) -> Impersonation | None:
+    """What the application impersonates clients with, if it does. Needs the privileges that it will use.
+
+    Raises:
+      ConfigurationError: see `Impersonation`.
+    """
+    return Impersonation(make_account_map(impersonate)) if impersonate.impersonate else None
+
+
+def app_name(serve: Serve) -> str:
+    """What is served: ``greet``, ``echo`` or ``module:function``."""
+    return serve.app or ("greet" if serve.wire == WireFormat.SAMPLE.value else "echo")
+
+
+def choose_app(settings: Settings) -> Handler:
+    """The application. One that is not built in is imported.
+
+    Raises:
+      ConfigurationError: there is no such thing, or it has no use for what it is given.
+    """
+    serve, name = settings.serve, app_name(settings.serve)
+    sample = serve.wire == WireFormat.SAMPLE.value
+    if serve.message is not None and name != "greet":
+        raise OptionError("message", "is for the application 'greet'")
+    if settings.impersonation.impersonate and name == "echo":
+        raise OptionError("impersonate", "is for 'greet' and for applications of your own: echo has no use for it")
+    if name != "greet":
+        return echo if name == "echo" else load_app(name)
+    # The bytes of the command line, whether they are text or not.
+    message = SAMPLE_MESSAGE if serve.message is None else os.fsencode(serve.message)
+    # Kerberos's trailers are longer: there the limit shows only when a client comes.
+    limit = SAMPLE_RECORD_SIZE - 4 - NTLM_TRAILER_SIZE
+    if sample and len(message) > limit:
+        raise OptionError("message", f"has {len(message)} bytes, and the sample's client reads {limit} at most")
+    return Greet(message, impersonate=settings.impersonation.impersonate, listen=not sample)

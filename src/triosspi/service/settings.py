@@ -1,0 +1,271 @@
+"""All that can be set of a server: what each option is called, what it may be, and what it is by default."""
+
+# This is the only place where an option is declared. `triosspi serve --help`, the flags, the TRIOSSPI_ variables, the keys
+# of the file and what `triosspi check-config` prints follow from here; example.toml is compared with it by a test.
+#
+# Names are unique over all sections, since a flag and a variable have no section. Values are plain: seconds are a float,
+# sizes are bytes, None is off or not given. A section is judged when it is made, by whomever (see `options`).
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import msgspec
+from msgspec import Meta, field
+
+from .._wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
+from ..impersonation import DEFAULT_MIN_UID
+from . import kinds
+from .addresses import IPNetwork
+from .admission import MaxStartups
+from .options import About, Option, OptionError, Section, options_of
+
+_DAY: Final = 86400.0
+#: The sample's.
+DEFAULT_PORT: Final = 2000
+
+# Ten years are for ever; beyond that a clock's arithmetic may end.
+Seconds = Annotated[float, Meta(ge=0.001, le=3650 * _DAY)]
+# What the kernel takes in whole seconds.
+KernelSeconds = Annotated[float, Meta(ge=1, le=32767)]
+Grace = Annotated[float, Meta(ge=0, le=3650 * _DAY)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+class Serve(Section, frozen=True, kw_only=True):
+    """What is served."""
+
+    section: ClassVar[str] = "serve"
+
+    app: Annotated[
+        str | None, About("'greet', 'echo' or 'module:function'.", argument=True, unset="as the wire format wants it")
+    ] = None
+    message: Annotated[str | None, About("What greet sends.", unset="the sample's message")] = None
+    wire: Annotated[Literal["sample", "framed"], About("The wire format.")] = "sample"
+    max_message_size: Annotated[
+        Annotated[int, Meta(ge=1, le=LARGEST_MAX_MESSAGE_SIZE)],
+        About("The longest message of the framed format.", kinds.SIZE),
+    ] = DEFAULT_MAX_MESSAGE_SIZE
+
+
+class Listen(Section, frozen=True, kw_only=True):
+    """Where."""
+
+    section: ClassVar[str] = "listen"
+
+    hosts: Annotated[
+        tuple[str, ...],
+        About("Address to bind.", flag="--host", metavar="ADDRESS", unset="all, IPv4 and IPv6"),
+    ] = ()
+    port: Annotated[Annotated[int, Meta(ge=0, le=65535)], About("0: any free one.")] = DEFAULT_PORT
+    unix: Annotated[tuple[Path, ...], About("Unix socket to listen on; without --host, instead of TCP.")] = ()
+    unix_mode: Annotated[
+        Annotated[int, Meta(ge=0, le=0o777)], About("Who may connect to the unix sockets.", kinds.MODE)
+    ] = 0o600
+    backlog: Annotated[
+        Count | None,
+        About("How many connections may wait to be accepted.", none="default", unset="as many as the kernel lets wait"),
+    ] = None
+    keepalive: Annotated[
+        KernelSeconds | None,
+        About("Ask a silent client's kernel after so long whether it is there.", kinds.DURATION, none="off"),
+    ] = 60.0
+    proxy_from: Annotated[
+        tuple[IPNetwork, ...],
+        About("Who may send a PROXY header, and must.", kinds.NETWORK, unset="nobody"),
+    ] = ()
+
+
+class Accept(Section, frozen=True, kw_only=True):
+    """Who may log in, and how."""
+
+    section: ClassVar[str] = "accept"
+    reloads: ClassVar[bool] = True
+
+    accounts: Annotated[
+        Path | None, About("Who may log in by NTLM; see 'triosspi accounts'.", unset="nobody, or a demo account")
+    ] = None
+    # What other programs of the service look at, too.
+    keytab: Annotated[
+        str | None,
+        About("The service's Kerberos keys.", kinds.KEYTAB, fallback="KRB5_KTNAME", unset="KRB5_KTNAME, or none"),
+    ] = None
+    spns: Annotated[
+        tuple[str, ...],
+        About("Refuse tickets for other names.", flag="--spn", metavar="host/server", unset="all in the keytab"),
+    ] = ()
+    allow_rc4: Annotated[bool, About("Admit Kerberos session keys of RC4-HMAC.")] = False
+    mechanisms: Annotated[Literal["negotiate", "kerberos", "ntlm"], About("What clients may use.")] = "negotiate"
+    allow_missing_mic: Annotated[bool, About("Admit NTLM clients without a MIC (gss-ntlmssp alone).")] = False
+    target_names: Annotated[tuple[str, ...], About("A name of this service.", flag="--target-name", metavar="SPN")] = ()
+    require_target: Annotated[Literal["off", "allow", "require"], About("See above.")] = "off"
+    allow: Annotated[
+        tuple[str, ...] | None, About("Who may come in; see above.", metavar="WHO", unset="all who log in")
+    ] = None
+    deny: Annotated[tuple[str, ...], About("Who may not; wins over --allow.", metavar="WHO")] = ()
+    require_groups: Annotated[
+        tuple[str, ...], About("What a client's PAC must have.", flag="--require-group", metavar="SID")
+    ] = ()
+
+
+class Impersonate(Section, frozen=True, kw_only=True):
+    """Whether the application acts as the client."""
+
+    section: ClassVar[str] = "impersonation"
+    reloads: ClassVar[bool] = True
+
+    impersonate: Annotated[bool, About("Let APP act as the client; greet looks who that is.")] = False
+    account_map: Annotated[Path | None, About("Which client is which local account.", unset="none")] = None
+    auth_to_local: Annotated[bool, About("Ask krb5.conf about clients that the map does not name.")] = False
+    min_uid: Annotated[Annotated[int, Meta(ge=0, le=2**32 - 2)], About("No smaller by a pattern.")] = DEFAULT_MIN_UID
+
+
+class Limits(Section, frozen=True, kw_only=True):
+    """What one client, and what all of them together, may take."""
+
+    section: ClassVar[str] = "limits"
+    reloads: ClassVar[bool] = True
+
+    # Before authentication. The deadline is for the whole handshake, as LoginGraceTime: one byte a second wins nothing.
+    handshake_timeout: Annotated[Seconds, About("For connecting and logging in.", kinds.DURATION)] = 30.0
+    max_connections: Annotated[Count, About("Of all, logged in or not.")] = 10_000
+    max_connections_per_source: Annotated[
+        Count | None, About("From one address (IPv6: one /64), logged in or not.", none="off")
+    ] = None
+    max_unauthenticated: Annotated[
+        MaxStartups, About("Refuse at random beyond START not logged in; all from FULL on.", kinds.STARTUPS)
+    ] = MaxStartups(100, 30, 500)
+    max_unauthenticated_per_source: Annotated[
+        Count | None, About("From one address (IPv6: one /64), not logged in.", none="off")
+    ] = 50
+    penalties: Annotated[bool, About("Shut out addresses whose logins fail, for a while.")] = True
+    penalty_exempt: Annotated[
+        tuple[IPNetwork, ...], About("Who is never shut out.", kinds.NETWORK, unset="nobody")
+    ] = ()
+    # After it.
+    idle_timeout: Annotated[
+        Seconds | None, About("End a session in which nothing is said.", kinds.DURATION, none="off")
+    ] = None
+    # NTLM's RC4 is never keyed anew, and a disabled account stays logged in until its session ends. A day ends both
+    # and no working day. (A Kerberos session ends with its ticket, after ten hours in most realms.)
+    max_session_age: Annotated[
+        Seconds | None, About("End a session so long after its login.", kinds.DURATION, none="off")
+    ] = _DAY
+    # RC4's output differs from randomness by what can be seen in some 2^30 bytes (Fluhrer and McGrew, 2000), and to read
+    # with it what was sent takes thousands of times that and the same text again and again. SSH wants new keys after 1 GB.
+    max_session_bytes: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        About("End a session in which either side has sent so much.", kinds.SIZE, none="off"),
+    ] = 4 * 2**30
+    # The sequence number has 32 bits; this is an 85th of them.
+    max_session_messages: Annotated[
+        Count | None, About("End a session in which either side has sent so many.", none="off")
+    ] = 50_000_000
+    # AES with a number of its own for each message has none of these worries.
+    session_caps: Annotated[
+        Literal["ntlm", "all"], About("Whose sessions age, bytes and messages end: NTLM's, or Kerberos's too.")
+    ] = "ntlm"
+
+
+class Workers(Section, frozen=True, kw_only=True):
+    """How many processes serve, and how they end."""
+
+    section: ClassVar[str] = "workers"
+
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)], About("Processes; auto: as many as usable cores.", kinds.WORKERS)
+    ] = 1
+    reuse_port: Annotated[bool, About("Give each process sockets of its own (SO_REUSEPORT).")] = False
+    grace: Annotated[Grace, About("When stopping, let sessions finish for so long.", kinds.DURATION)] = 30.0
+    heartbeat_timeout: Annotated[Seconds, About("Replace a process that hangs for so long.", kinds.DURATION)] = 30.0
+    max_sessions: Annotated[Count | None, About("Replace a process after so many logins.", none="off")] = None
+
+
+class Log(Section, frozen=True, kw_only=True):
+    """What is logged, and how."""
+
+    section: ClassVar[str] = "log"
+    reloads: ClassVar[bool] = True
+
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], About("The least that is logged.")] = "info"
+    # Not "auto": what is piped to a file or to grep is mostly read by people, and machines have a configuration.
+    log_format: Annotated[
+        Literal["auto", "console", "json"], About("For people or for machines; auto: for people at a terminal only.")
+    ] = "console"
+
+
+class Metrics(Section, frozen=True, kw_only=True):
+    """Where metrics and health are shown."""
+
+    section: ClassVar[str] = "metrics"
+
+    metrics: Annotated[
+        tuple[str, int] | None,
+        About("Serve /metrics, /healthz and /readyz here, over plain HTTP.", kinds.ADDRESS, none="off"),
+    ] = None
+    metrics_anywhere: Annotated[bool, About("Let --metrics be an address that other machines can reach.")] = False
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        if self.metrics is not None and not self.metrics_anywhere and not _is_loopback(self.metrics[0]):
+            # Who is logged in, and how often logins fail, is for nobody who only happens to be on the network.
+            raise OptionError(
+                "metrics",
+                "must be a loopback address, such as 127.0.0.1:9464, unless metrics_anywhere is given",
+                mentions=("metrics_anywhere",),
+            )
+
+
+class Reload(Section, frozen=True, kw_only=True):
+    """When the configuration is read again; SIGHUP does so always."""
+
+    section: ClassVar[str] = "reload"
+
+    watch_files: Annotated[bool, About("Reload when the configuration, the keytab or the account map has changed.")] = (
+        False
+    )
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it. Each section's fields are declared in its class."""
+
+    serve: Serve = field(default_factory=Serve)
+    listen: Listen = field(default_factory=Listen)
+    accept: Accept = field(default_factory=Accept)
+    impersonation: Impersonate = field(default_factory=Impersonate)
+    limits: Limits = field(default_factory=Limits)
+    workers: Workers = field(default_factory=Workers)
+    log: Log = field(default_factory=Log)
+    metrics: Metrics = field(default_factory=Metrics)
+    reload: Reload = field(default_factory=Reload)
+
+    def get(self, option: Option) -> Any:
+        """An option's value."""
+        return getattr(getattr(self, option.section), option.name)
+
+
+SECTIONS: Final[tuple[type[Section], ...]] = (
+    *(Serve, Listen, Accept, Impersonate, Limits, Workers, Log, Metrics, Reload),
+)
+
+
+@functools.cache
+def all_options() -> dict[str, Option]:
+    """Every option by its name, section by section."""
+    return {option.name: option for section in SECTIONS for option in options_of(section)}
+
+
+def only_by_restart(old: Settings, new: Settings) -> list[str]:
+    """The options that differ and that a running server cannot take over."""
+    return [o.name for o in all_options().values() if not o.reloads and old.get(o) != new.get(o)]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # Any other name may be anybody's tomorrow.
+        return host == "localhost"
