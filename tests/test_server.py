@@ -1,53 +1,437 @@
-"""What `triosspi serve` runs."""
+"""A server's life: whom it serves, what it tells, how it reloads and how it stops."""
 
 from __future__ import annotations
 
-import errno
 import signal
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator
-from triosspi import ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
-from triosspi.service import server
-from triosspi.service.apps import Greet
-from triosspi.service.server import ANY_HOST, DemoAccount, ServeOptions, bound_address, open_listeners, run_server
+from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
+from triosspi.security.accounts import AccountTable
+from triosspi.security.spnego_compat import nt_hash
+from triosspi.service.apps import Greet, echo
+from triosspi.service.lifecycle import shutting_down
+from triosspi.service.listening import close_listeners, open_listeners
+from triosspi.service.notify import Notifier
+from triosspi.service.server import FILES_INTERVAL, Loaded, Server
+from triosspi.service.settings import Limits, Listen, Reload, Serve, Settings, Workers
+from triosspi.service.telemetry import SessionEnd
 
 LOCAL = "127.0.0.1"
 
 
-def options(*hosts: str, written: list[str] | None = None, **others: Any) -> ServeOptions:
-    given: dict[str, Any] = {
-        "handler": Greet(),
-        "acceptor": make_acceptor(),
-        "wire": WireFormat.SAMPLE,
-        "hosts": hosts,
-        "port": 0,
-        "once": False,
-        "verbose": False,
-        "dump_tokens": False,
-        "write": ([] if written is None else written).append,
-    }
-    return ServeOptions(**{**given, **others})
+class Told:
+    """A telemetry that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.ends: list[SessionEnd] = []
+        self.news = trio.Event()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def tell(*args: Any, **kwargs: Any) -> None:
+            self.events.append((name, *args, kwargs))
+            self._wake()
+
+        return tell
+
+    def session_ended(self, end: SessionEnd) -> None:
+        self.ends.append(end)
+        self._wake()
+
+    def _wake(self) -> None:
+        self.news.set()
+        self.news = trio.Event()
+
+    def outcomes(self) -> list[str]:
+        return [end.outcome for end in self.ends]
+
+    def all(self, name: str) -> list[tuple[Any, ...]]:
+        return [event[1:] for event in self.events if event[0] == name]
+
+    async def until(self, true: Callable[[], object]) -> None:
+        while not true():
+            await self.news.wait()
 
 
-async def close(listeners: list[Any]) -> None:
-    for listener in listeners:
-        await listener.aclose()
+@dataclass
+class Running:
+    """A server that runs in this process."""
+
+    server: Server
+    addresses: list[Any]
+    told: Told
+    nursery: trio.Nursery
+    result: list[bool] = field(default_factory=list)
+    ended: trio.Event = field(default_factory=trio.Event)
+
+    async def client(self, password: str = PASSWORD, **options: Any) -> SSPIChannel[Any]:
+        """Connected and logged in."""
+        channel = await open_sspi_over_tcp_channel(*self.addresses[0][:2], make_initiator(password), **options)
+        try:
+            await channel.do_handshake()
+        except BaseException:
+            await trio.aclose_forcefully(channel)
+            raise
+        return channel
 
 
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
+def settings(**sections: Any) -> Settings:
+    given = {"serve": Serve(wire="framed"), "listen": Listen(hosts=(LOCAL,), port=0)}
+    return Settings(**{**given, **sections})
+
+
+@asynccontextmanager
+async def serving(
+    handler: Callable[[Any], Awaitable[Any]] = echo,
+    *,
+    reload: Callable[[], Loaded] | None = None,
+    files: tuple[Path, ...] = (),
+    make_tracer: Any = None,
+    once: bool = False,
+    acceptor: Acceptor | None = None,
+    **sections: Any,
+) -> AsyncIterator[Running]:
+    loaded = Loaded(settings=settings(**sections), acceptor=acceptor or make_acceptor(), files=files)
+    listeners = await open_listeners(loaded.settings.listen)
+    told: Any = Told()
+    server = Server(
+        loaded,
+        listeners,
+        handler=handler,
+        telemetry=told,
+        notifier=Notifier(None),
+        reload=reload,
+        once=once,
+        make_tracer=make_tracer,
+    )
+    ready = trio.Event()
+    async with trio.open_nursery() as nursery:
+        running = Running(server, [listener.socket.getsockname() for listener in listeners], told, nursery)
+
+        async def run() -> None:
+            running.result.append(await server.run(ready.set))
+            running.ended.set()
+
+        nursery.start_soon(run)
+        await ready.wait()
+        yield running
+        if not running.ended.is_set():
+            server.stop()
+            server.stop()
+    await close_listeners(listeners)
+
+
+async def hears_goodbye(channel: SSPIChannel[Any]) -> None:
+    with pytest.raises(trio.EndOfChannel):
+        await channel.receive()
+    assert channel.peer_left
+    await channel.aclose()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_ends_the_server_even_as_soon_as_its_address_is_known(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    async with serving() as running:
+        signal.raise_signal(number)
+        await running.ended.wait()
+    assert running.result == [True]
+    assert signal.getsignal(number) is before
+
+
+async def test_whoever_is_connected_hears_a_goodbye_and_the_outcome_is_told() -> None:
+    async with serving() as running:
+        channels = [await running.client() for _ in range(3)]
+        signal.raise_signal(signal.SIGTERM)
+        async with trio.open_nursery() as nursery:
+            for channel in channels:
+                nursery.start_soon(hears_goodbye, channel)
+        await running.ended.wait()
+    assert running.told.outcomes() == ["shutdown"] * 3
+
+
+async def test_a_request_that_is_being_worked_on_is_answered_first() -> None:
+    go_on = trio.Event()
+
+    async def slow(channel: SSPIChannel[Any]) -> None:
+        async for message in channel:
+            await go_on.wait()
+            await channel.send(message)
+
+    async with serving(slow) as running:
+        client = await running.client()
+        await client.send_many([b"one", b"never looked at"])
+        await trio.testing.wait_all_tasks_blocked()
+        running.server.stop()
+        assert running.told.all("ready") == [(True, {}), (False, {})]
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+        assert await client.receive() == b"one"
+        await hears_goodbye(client)
+        await running.ended.wait()
+
+
+async def test_handlers_can_see_that_the_server_stops() -> None:
+    async def until_the_end(channel: SSPIChannel[Any]) -> None:
+        await shutting_down().wait()
+        await channel.send(b"last words")
+
+    async with serving(until_the_end) as running:
+        client = await running.client()
+        running.server.stop()
+        assert await client.receive() == b"last words"
+        await hears_goodbye(client)
+        await running.ended.wait()
+
+
+async def test_nobody_is_accepted_any_more() -> None:
+    async with serving() as running:
+        client = await running.client()
+        running.server.stop()
+        await hears_goodbye(client)
+        await running.ended.wait()
+        with pytest.raises(OSError, match=r"."):
+            await running.client()
+
+
+async def test_who_is_logging_in_may_finish_and_hears_goodbye_at_once() -> None:
+    async with serving() as running:
+        stream = await trio.open_tcp_stream(*running.addresses[0])
+        await running.told.until(lambda: running.told.all("accepted"))
+        running.server.stop()
+        client: SSPIChannel[Any] = SSPIChannel(stream, make_initiator())
+        await client.do_handshake()
+        await hears_goodbye(client)
+        await running.ended.wait()
+    assert running.told.outcomes() == ["shutdown"]
+
+
+async def test_who_has_only_connected_does_not_hold_up_the_stop_for_long() -> None:
+    async with serving() as running, await trio.open_tcp_stream(*running.addresses[0]):
+        await running.told.until(lambda: running.told.all("accepted"))
+        running.server.stop()
+        with trio.fail_after(20):
+            await running.ended.wait()
+    assert [event[0] for event in running.told.all("dropped")] == ["draining"]
+    assert not running.told.all("login_refused")
+
+
+async def stubborn(channel: SSPIChannel[Any]) -> None:
+    await trio.sleep_forever()
+
+
+async def test_what_does_not_end_within_the_grace_is_cancelled() -> None:
+    async with serving(stubborn, workers=Workers(grace=0.05)) as running:
+        client = await running.client()
+        running.server.stop()
+        await running.ended.wait()
+        with pytest.raises((trio.BrokenResourceError, trio.EndOfChannel)):
+            await client.receive()
+        await client.aclose()
+    assert running.told.outcomes() == ["shutdown"]
+
+
+async def test_a_second_signal_ends_all_at_once() -> None:
+    async with serving(stubborn, workers=Workers(grace=3600.0)) as running:
+        client = await running.client()
+        signal.raise_signal(signal.SIGTERM)
+        await running.told.until(lambda: running.told.all("ready")[-1] == (False, {}))
+        signal.raise_signal(signal.SIGINT)
+        await running.ended.wait()
+        await client.aclose()
+
+
+# Sessions and what is told of them
+
+
+async def test_a_session_is_told_from_login_to_goodbye() -> None:
+    async with serving() as running:
+        client = await running.client()
+        await client.send(b"hello")
+        assert await client.receive() == b"hello"
+        await client.aclose()
+        await running.told.until(lambda: running.told.ends)
+    (login,) = running.told.all("login")
+    (end,) = running.told.ends
+    assert login[0]["peer"].principal == end.peer.principal == "DOM\\alice"
+    assert login[0]["session_id"] == end.session_id
+    assert login[0]["source"] == end.source
+    assert end.source.startswith("127.0.0.1:")
+    assert (end.outcome, end.error) == ("goodbye", None)
+    assert (end.messages_received, end.bytes_received, end.messages_sent, end.bytes_sent) == (1, 5, 1, 5)
+
+
+async def test_a_refused_login_is_told_with_its_true_reason() -> None:
+    async with serving() as running:
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client("wrong")
+        await running.told.until(lambda: running.told.all("login_refused"))
+    ((refusal,),) = running.told.all("login_refused")
+    assert "wrong password" in refusal["reason"]
+    assert refusal["mechanism"] == "ntlm"
+    assert not refusal["timed_out"]
+    assert not running.told.ends
+
+
+async def test_a_login_that_takes_too_long_is_told_as_such() -> None:
+    async with serving(limits=Limits(handshake_timeout=0.05)) as running:
+        async with await trio.open_tcp_stream(*running.addresses[0]) as stream:
+            assert await stream.receive_some() == b""
+        await running.told.until(lambda: running.told.all("login_refused"))
+    ((refusal,),) = running.told.all("login_refused")
+    assert refusal["timed_out"]
+    assert refusal["reason"] == "no login within 0.05 s"
+
+
+async def failing(channel: SSPIChannel[Any]) -> None:
+    raise KeyError("a bug")
+
+
+async def failing_in_a_nursery(channel: SSPIChannel[Any]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(failing, channel)
+        await trio.sleep_forever()
+
+
+async def returning(channel: SSPIChannel[Any]) -> None:
+    await channel.receive()
+
+
+@pytest.mark.parametrize(
+    ("handler", "outcome", "error"),
+    [
+        (failing, "handler_error", "KeyError"),
+        (failing_in_a_nursery, "handler_error", "ExceptionGroup"),
+        (returning, "finished", None),
+    ],
+)
+async def test_how_a_handler_ended_is_told_and_the_server_goes_on(
+    handler: Any, outcome: str, error: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(handler) as running:
+        for _ in range(2):
+            client = await running.client()
+            if handler is returning:
+                await client.send(b"x")
+            await hears_goodbye(client)
+        await running.told.until(lambda: len(running.told.ends) == 2)
+    assert [(end.outcome, end.error) for end in running.told.ends] == [(outcome, error)] * 2
+    assert ("the handler failed" in caplog.text) is (outcome == "handler_error")
+
+
+async def test_an_end_without_a_goodbye_between_two_messages_is_ordinary() -> None:
+    async with serving() as running:
+        client = await running.client()
+        await client.transport_stream.aclose()
+        await running.told.until(lambda: running.told.ends)
+    assert running.told.outcomes() == ["peer_closed"]
+
+
+async def test_an_end_within_a_message_is_a_loss() -> None:
+    async with serving() as running:
+        client = await running.client()
+        await client.transport_stream.send_all(b"\x40\0\0\0half")
+        await client.transport_stream.aclose()
+        await running.told.until(lambda: running.told.ends)
+    assert running.told.outcomes() == ["lost"]
+    assert running.told.ends[0].error
+
+
+async def test_a_message_that_does_not_open_is_counted() -> None:
+    async with serving() as running:
+        client = await running.client()
+        await client.transport_stream.send_all(b"\x24\0\0\0\x10\0\0\0" + bytes(32))
+        await running.told.until(lambda: running.told.ends)
+        await client.aclose()
+    assert running.told.outcomes() == ["lost"]
+    assert len(running.told.all("unseal_failure")) == 1
+
+
+# Limits
+
+
+async def test_an_idle_session_ends_with_a_goodbye_and_its_handler_is_no_failure() -> None:
+    async with serving(limits=Limits(idle_timeout=0.1)) as running:
+        client = await running.client()
+        await hears_goodbye(client)
+        await running.told.until(lambda: running.told.ends)
+    assert running.told.outcomes() == ["idle"]
+
+
+async def test_more_connections_than_may_be_are_dropped_before_they_cost_anything() -> None:
+    async with serving(limits=Limits(max_connections=2)) as running:
+        clients = [await running.client() for _ in range(2)]
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client()
+        assert [event[0] for event in running.told.all("dropped")] == ["connections"]
+        await clients.pop().aclose()
+        await running.told.until(lambda: running.told.ends)
+        clients.append(await running.client())
+        for client in clients:
+            await client.aclose()
+
+
+async def test_a_source_whose_logins_fail_is_shut_out_and_others_are_not() -> None:
+    async with serving(listen=Listen(hosts=(LOCAL, "127.0.0.2"), port=0)) as running:
+        for _ in range(10):
+            with suppress(trio.BrokenResourceError):
+                await running.client("wrong")
+        assert "penalty" in {event[0] for event in running.told.all("dropped")}
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client()
+        # From another address.
+        with trio.socket.socket() as sock:
+            await sock.bind(("127.0.0.3", 0))
+            await sock.connect(running.addresses[1])
+            channel: SSPIChannel[Any] = SSPIChannel(trio.SocketStream(sock), make_initiator())
+            await channel.do_handshake()
+            await channel.aclose()
+
+
+# Where it listens
+
+
+async def test_a_client_of_a_unix_socket_is_served(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    async with serving(listen=Listen(unix=(path,))) as running:
+        channel: SSPIChannel[Any] = SSPIChannel(await trio.open_unix_socket(path), make_initiator())
+        await channel.send(b"hello")
+        assert await channel.receive() == b"hello"
+        await channel.aclose()
+        await running.told.until(lambda: running.told.ends)
+        assert running.told.ends[0].source == "unix"
+    assert not path.exists()
+
+
+async def test_a_proxy_tells_who_the_client_is() -> None:
+    from ipaddress import ip_network
+
+    async with serving(listen=Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),))) as running:
+        stream = await trio.open_tcp_stream(*running.addresses[0])
+        await stream.send_all(b"PROXY TCP4 192.0.2.7 192.0.2.8 4242 2000\r\n")
+        channel: SSPIChannel[Any] = SSPIChannel(stream, make_initiator())
+        await channel.do_handshake()
+        assert running.told.all("login")[0][0]["source"] == "192.0.2.7:4242"
+        await channel.aclose()
+        # Without the header.
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client()
+        assert [event[0] for event in running.told.all("dropped")] == ["proxy_header"]
+
+
+# Once
 
 
 async def greeting(address: tuple[str, int], password: str = PASSWORD) -> list[bytes]:
@@ -56,199 +440,118 @@ async def greeting(address: tuple[str, int], password: str = PASSWORD) -> list[b
         return [message async for message in channel]
 
 
-# Listening
-
-
-async def test_by_default_every_interface_is_bound_ipv4_and_ipv6_on_one_port() -> None:
-    listeners = await open_listeners(options())
-    addresses = [bound_address(listener) for listener in listeners]
-    await close(listeners)
-    assert [host for host, _ in addresses] == list(ANY_HOST[: 1 + has_ipv6()])
-    assert len({port for _, port in addresses}) == 1
-
-
-async def test_every_host_named_is_bound() -> None:
-    listeners = await open_listeners(options(LOCAL, "127.0.0.2"))
-    addresses = [bound_address(listener) for listener in listeners]
-    await close(listeners)
-    assert [host for host, _ in addresses] == [LOCAL, "127.0.0.2"]
-    assert addresses[0][1] == addresses[1][1] > 0
-
-
-@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
-async def test_a_machine_without_ipv6_is_served_on_ipv4_unless_ipv6_was_asked_for(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = server.open_sspi_over_tcp_listeners
-
-    async def without_ipv6(*args: Any, host: str, **others: Any) -> Any:
-        if ":" in host:
-            raise OSError(number, "what Trio says about it")
-        return await real(*args, host=host, **others)
-
-    monkeypatch.setattr(server, "open_sspi_over_tcp_listeners", without_ipv6)
-    listeners = await open_listeners(options())
-    assert [bound_address(listener)[0] for listener in listeners] == ["0.0.0.0"]
-    await close(listeners)
-    with pytest.raises(ConfigurationError, match=r"^cannot listen on \[::1\]:\d+: "):
-        await open_listeners(options(LOCAL, "::1"))
-
-
-async def test_a_port_in_use_is_an_error_and_what_was_bound_already_is_free_again() -> None:
-    # Two hosts, and only the second one's port is taken.
-    with socket.socket() as taken, socket.socket() as again:
-        taken.bind(("127.0.0.2", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigurationError) as caught:
-            await open_listeners(options(LOCAL, "127.0.0.2", port=port))
-        again.bind((LOCAL, port))
-    assert str(caught.value) == (
-        f"cannot listen on 127.0.0.2:{port}: Address already in use; choose others with --host and --port"
-    )
-
-
-async def test_an_address_of_another_machine_is_an_error_with_the_systems_reason() -> None:
-    with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1:0: Cannot assign requested address; choose "):
-        await open_listeners(options("192.0.2.1"))
-
-
-async def test_an_unknown_host_is_an_error_with_the_resolvers_reason() -> None:
-    class NoSuchName(trio.abc.HostnameResolver):
-        async def getaddrinfo(self, *_args: Any) -> Any:
-            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-        async def getnameinfo(self, *_args: Any) -> Any:
-            raise AssertionError
-
-    trio.socket.set_custom_hostname_resolver(NoSuchName())
-    with pytest.raises(ConfigurationError, match=r"^cannot listen on nowhere:0: Name or service not known; choose "):
-        await open_listeners(options("nowhere"))
-
-
-async def test_a_host_that_no_name_can_be_is_an_error() -> None:
-    with pytest.raises(ConfigurationError, match=r"^cannot listen on a\.\.b:0: no host can be called so; choose "):
-        await open_listeners(options("a..b"))
-
-
-# Running
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_ends_the_server_even_as_soon_as_its_address_is_known(number: signal.Signals) -> None:
-    def started(_listeners: list[Any]) -> None:
-        signal.raise_signal(number)
-
-    before = signal.getsignal(number)
-    assert await run_server(options(LOCAL), started)
-    assert signal.getsignal(number) is before
-
-
-async def test_clients_are_served_until_the_signal_and_those_connected_are_cut_off() -> None:
-    async def forever(channel: SSPIChannel[Any]) -> None:
-        await channel.receive()
-
-    addresses: list[tuple[str, int]] = []
-    ready = trio.Event()
-
-    def started(listeners: list[Any]) -> None:
-        addresses.append(bound_address(listeners[0]))
-        ready.set()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(run_server, options(LOCAL, handler=forever, wire=WireFormat.FRAMED), started)
-        await ready.wait()
-        channels = [await open_sspi_over_tcp_channel(*addresses[0], make_initiator()) for _ in range(3)]
-        for channel in channels:
-            await channel.do_handshake()
-        signal.raise_signal(signal.SIGTERM)
-        for channel in channels:
-            with pytest.raises((trio.BrokenResourceError, trio.EndOfChannel)):
-                await channel.receive()
-            await channel.aclose()
-
-
-async def run_once(talk: Callable[[list[tuple[str, int]]], Any], *hosts: str, **others: Any) -> tuple[bool, Any]:
-    """Whether `run_server` served its one client, and what `talk` returned."""
-    said: list[Any] = []
-    result: list[bool] = []
-
-    async def client(listeners: list[Any]) -> None:
-        said.append(await talk([bound_address(listener) for listener in listeners]))
-
-    async with trio.open_nursery() as nursery:
-
-        def started(listeners: list[Any]) -> None:
-            nursery.start_soon(client, listeners)
-
-        result.append(await run_server(options(*hosts, once=True, **others), started))
-    return result[0], said[0]
-
-
 @pytest.mark.parametrize("which", [0, 1])
 async def test_once_serves_one_client_on_whichever_address_and_ends(which: int) -> None:
-    async def talk(addresses: list[tuple[str, int]]) -> list[bytes]:
-        return await greeting(addresses[which])
-
-    assert await run_once(talk, LOCAL, "127.0.0.2") == (True, [SERVER_MESSAGE])
+    two = Listen(hosts=(LOCAL, "127.0.0.2"), port=0)
+    async with serving(Greet(), serve=Serve(wire="sample"), listen=two, once=True) as running:
+        assert await greeting(running.addresses[which]) == [SERVER_MESSAGE]
+        await running.ended.wait()
+    assert running.result == [True]
 
 
 async def test_once_tells_that_the_login_was_refused() -> None:
-    async def talk(addresses: list[tuple[str, int]]) -> None:
-        with suppress(trio.BrokenResourceError):
-            await greeting(addresses[0], "wrong")
-
-    assert await run_once(talk, LOCAL) == (False, None)
+    async with serving(Greet(), serve=Serve(wire="sample"), once=True) as running:
+        with pytest.raises(trio.BrokenResourceError):
+            await greeting(running.addresses[0], "wrong")
+        await running.ended.wait()
+    assert running.result == [False]
 
 
 async def test_once_serves_only_one_of_two_clients_that_come_at_the_same_moment() -> None:
     # Both listeners have accepted before either could call the other off.
-    clients: list[socket.socket] = []
-
-    def started(listeners: list[Any]) -> None:
-        clients.extend(socket.create_connection(bound_address(listener)) for listener in listeners)
+    two = Listen(hosts=(LOCAL, "127.0.0.2"), port=0)
+    async with serving(once=True, listen=two) as running:
+        clients = [socket.create_connection(address) for address in running.addresses]
         # Neither will say anything: so the one that is served is refused.
         for client in clients:
             client.shutdown(socket.SHUT_WR)
-
-    assert not await run_server(options(LOCAL, "127.0.0.2", once=True), started)
-    assert len(clients) == 2
-    for client in clients:
-        # Closed, and not merely forgotten.
-        with client:
-            client.settimeout(10)
-            with suppress(ConnectionResetError):
+        await running.ended.wait()
+        for client in clients:
+            # Closed, and not merely forgotten.
+            with client, suppress(ConnectionResetError):
+                client.settimeout(10)
                 assert client.recv(1) == b""
+    assert running.result == [False]
 
 
-async def test_a_verbose_server_announces_itself_as_the_sample_does_and_writes_each_connections_transcript() -> None:
-    written: list[str] = []
-
-    async def talk(addresses: list[tuple[str, int]]) -> list[bytes]:
-        return await greeting(addresses[0])
-
-    assert await run_once(talk, LOCAL, verbose=True, written=written) == (True, [SERVER_MESSAGE])
-    assert written[0] == "Waiting for client to connect...\nListening ! "
-    assert written[1].endswith("\nClient connected as :  DOM\\alice")
-    assert written[2].endswith("\n 48 encrypted bytes sent. ")
-    assert len(written) == 3
+# Reloading
 
 
-# The demo account
+async def test_sighup_brings_new_accounts_and_limits_and_nobody_who_is_connected_notices() -> None:
+    loads: list[str] = []
+    table = AccountTable()
+    table.add(Account("DOM", "alice", nt_hash("new")))
+
+    def load() -> Loaded:
+        loads.append("read")
+        return Loaded(settings=settings(limits=Limits(max_connections=2)), acceptor=Acceptor(accounts=table))
+
+    async with serving(reload=load) as running:
+        old = await running.client()
+        signal.raise_signal(signal.SIGHUP)
+        while True:
+            # Until the new password holds.
+            try:
+                new = await running.client("new")
+                break
+            except trio.BrokenResourceError:
+                await trio.lowlevel.checkpoint()
+        await old.send(b"still here")
+        assert await old.receive() == b"still here"
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client("new")
+        assert "connections" in {event[0] for event in running.told.all("dropped")}
+        for client in (old, new):
+            await client.aclose()
+    assert loads == ["read"]
 
 
-def test_every_run_has_a_demo_account_with_a_password_of_its_own() -> None:
-    accounts = [DemoAccount.make() for _ in range(10)]
-    assert len({account.password for account in accounts}) == 10
-    # 96 bits in base64.
-    assert all(len(account.password) == 16 for account in accounts)
-    assert all(account.password not in repr(account) for account in accounts)
+async def test_a_broken_configuration_changes_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def load() -> Loaded:
+        raise ConfigurationError("triosspi.toml:3: unknown key limits.idle_timeot")
+
+    async with serving(reload=load) as running:
+        await running.server.reload()
+        client = await running.client()
+        await client.aclose()
+    assert "the configuration stays as it was: triosspi.toml:3: unknown key" in caplog.text
 
 
-def test_the_demo_account_alone_can_log_in() -> None:
-    table = DemoAccount("DEMO\\guest", "password").table()
-    assert len(table) == 1
-    account = table.lookup("demo", "GUEST")
-    assert account is not None
-    assert account.nt_hash.hex() == "8846f7eaee8fb117ad06bdd830b7586c"
-    assert table.lookup("OTHER", "guest") is None
+async def test_what_takes_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    def load() -> Loaded:
+        other = settings(listen=Listen(hosts=(LOCAL,), port=1), workers=Workers(grace=1.0))
+        return Loaded(settings=other, acceptor=make_acceptor())
+
+    async with serving(reload=load) as running:
+        await running.server.reload()
+    assert "a restart is needed for what has changed in port, grace" in caplog.text
+
+
+@pytest.mark.parametrize("watch", [True, False])
+async def test_a_changed_file_is_a_reason_to_reload_where_that_is_wanted(
+    watch: bool, tmp_path: Path, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "triosspi.toml"
+    file.write_text("one")
+    reloaded = trio.Event()
+
+    async def inline(function: Callable[..., Any], *args: Any) -> Any:
+        # The clock would jump over a wait for a thread.
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+    def load() -> Loaded:
+        reloaded.set()
+        return Loaded(settings=settings(reload=Reload(watch_files=watch)), acceptor=make_acceptor(), files=(file,))
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", inline)
+    async with serving(reload=load, files=(file,)) as running:
+        await running.server.reload()
+        reloaded = trio.Event()
+        await trio.sleep(3 * FILES_INTERVAL)
+        assert not reloaded.is_set()
+        file.write_text("two, and longer")
+        await trio.sleep(3 * FILES_INTERVAL)
+        assert reloaded.is_set() is watch
+        file.unlink()
+        await trio.sleep(3 * FILES_INTERVAL)

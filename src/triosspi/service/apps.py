@@ -11,19 +11,36 @@ import trio
 
 from .._errors import ConfigurationError
 from .._tcp import Handler, TCPChannel
+from ..impersonation import thread_user_name
+from .transcript import Transcript
 
 #: The sample's message to its client: 28 bytes, without a terminating NUL.
 SAMPLE_MESSAGE = b"This is your server speaking"
 
 
 class Greet:
-    """Sends one message and closes, as Microsoft's sample does."""
+    """Sends one message and closes, as Microsoft's sample does.
 
-    def __init__(self, message: bytes = SAMPLE_MESSAGE) -> None:
+    Args:
+      message: the message.
+      impersonate: first become the client, and look who that is on this machine, as the sample does.
+      listen: before that, wait for a message of the client's: with the `framed` format nobody is
+          impersonated who has said nothing.
+    """
+
+    def __init__(self, message: bytes = SAMPLE_MESSAGE, *, impersonate: bool = False, listen: bool = False) -> None:
         self._message = message
+        self.impersonates = impersonate
+        self._listen = listen
 
     async def __call__(self, channel: TCPChannel) -> None:
         """Serve one client."""
+        if self.impersonates:
+            if self._listen:
+                await channel.receive()
+            name = await channel.run_as_peer(thread_user_name)
+            if isinstance(channel.tracer, Transcript):
+                channel.tracer.impersonated(name)
         await channel.send(self._message)
 
 

@@ -1,196 +1,281 @@
-"""What `triosspi serve` runs."""
+"""A server's life: accepting, watching, reloading, stopping."""
+
+# Stopping is the delicate part. A client must never be left without a word: it gets its reply, or a goodbye, after which it
+# knows that its request was not looked at and may be sent elsewhere. So on SIGTERM:
+#
+# * the listening sockets are closed; where another process holds them too (systemd, the supervisor, a successor), what is
+#   queued on them goes there;
+# * who is logging in goes on doing so, and hears the goodbye right after;
+# * no handler receives any more: those that wait for a request end at once, those that work on one answer it first
+#   (`SSPIChannel.stop_receiving`). Then each channel is closed as always: goodbye, FIN, and the peer's last bytes read, or
+#   the kernel would send RST and destroy the reply;
+# * what has not ended when the grace is over is cancelled. So is everything on a second signal.
 
 from __future__ import annotations
 
-import errno
 import logging
-import secrets
+import random
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from functools import partial
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import trio
 
+from .._channel import Impersonator
 from .._errors import ConfigurationError
-from .._tcp import (
-    DEFAULT_HANDSHAKE_TIMEOUT,
-    Handler,
-    ServerStatistics,
-    TCPChannel,
-    TCPListener,
-    format_address,
-    open_sspi_over_tcp_listeners,
-    serve_connection,
-    serve_sspi_listeners,
-)
+from .._session import Tracer
+from .._tcp import Handler, accept_forever
 from .._wire import WireFormat
-from ..security.accounts import Account, AccountTable
 from ..security.credentials import Acceptor
-from ..security.spnego_compat import nt_hash
-from .reasons import reason
-from .transcript import Transcript
+from .admission import Admission
+from .connection import Service
+from .lifecycle import shutting_down
+from .listening import remove_socket_files
+from .logs import configure as configure_logs
+from .notify import Notifier
+from .proxy_protocol import ProxyProtocol
+from .sessions import Sessions
+from .settings import Settings, only_by_restart
+from .telemetry import Telemetry
+from .worker_link import WorkerLink
 
 log = logging.getLogger("triosspi.server")
 
-#: All interfaces, as the sample's INADDR_ANY, and IPv6 too.
-ANY_HOST: Final = ("0.0.0.0", "::")  # noqa: S104 - a server
+#: Seconds between two turns of the event loop that are measured and shown to whoever watches this process.
+BEAT: Final = 1.0
+#: Seconds between two looks at the files that the configuration comes from.
+FILES_INTERVAL: Final = 2.0
 
-# What binding says where the machine has no IPv6.
-_NO_SUCH_FAMILY: Final = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+# Windows has none.
+_RELOAD_SIGNAL: Final = getattr(signal, "SIGHUP", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What to serve, where and how.
+class Loaded:
+    """A configuration, and what was made of it.
 
     Attributes:
-      handler: the application.
+      settings: the configuration.
       acceptor: what clients authenticate with.
-      wire: the format.
-      hosts: names or addresses to bind; empty is `ANY_HOST`.
-      port: TCP port, 0 for any.
-      once: end after the first connection.
-      verbose: print the sample's transcript.
-      dump_tokens: with the bytes in it.
-      write: takes whole lines of output.
+      impersonation: see `SSPIChannel`.
+      files: what it was read from.
     """
 
-    handler: Handler
+    settings: Settings
     acceptor: Acceptor
-    wire: WireFormat
-    hosts: Sequence[str]
-    port: int
-    once: bool
-    verbose: bool
-    dump_tokens: bool
-    write: Callable[[str], None]
+    impersonation: Impersonator | None = None
+    files: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DemoAccount:
-    """An account made up for one run of the server, so that it can be tried without any set-up."""
-
-    principal: str
-    password: str = field(repr=False)
-
-    @classmethod
-    def make(cls) -> DemoAccount:
-        """One with a random password of 96 bits."""
-        return cls("DEMO\\guest", secrets.token_urlsafe(12))
-
-    def table(self) -> AccountTable:
-        """It alone, as an account source."""
-        domain, _, name = self.principal.partition("\\")
-        table = AccountTable()
-        table.add(Account(domain, name, nt_hash(self.password)))
-        return table
-
-
-async def open_listeners(options: ServeOptions) -> list[TCPListener]:
-    """Listen on every host, all on one port.
-
-    Raises:
-      ConfigurationError: a host or port cannot be bound.
-    """
-    listeners: list[TCPListener] = []
-    port = options.port
-    make_tracer = partial(Transcript, options.write, dump_tokens=options.dump_tokens) if options.verbose else None
-    async with AsyncExitStack() as undo:
-        for host in options.hosts or ANY_HOST:
-            try:
-                opened = await open_sspi_over_tcp_listeners(
-                    port, options.acceptor, host=host, wire=options.wire, make_tracer=make_tracer
-                )
-            except OSError as exc:
-                if not options.hosts and listeners and exc.errno in _NO_SUCH_FAMILY:
-                    continue
-                raise _cannot_listen(host, port, reason(exc)) from None
-            except UnicodeError:
-                raise _cannot_listen(host, port, "no host can be called so") from None
-            for listener in opened:
-                undo.push_async_callback(listener.aclose)
-            listeners += opened
-            # The system's choice for the first address serves the others too.
-            port = bound_address(listeners[0])[1]
-        undo.pop_all()
-    return listeners
-
-
-def _cannot_listen(host: str, port: int, why: str) -> ConfigurationError:
-    where = format_address(host, port)
-    return ConfigurationError(f"cannot listen on {where}: {why}; choose others with --host and --port")
-
-
-def bound_address(listener: TCPListener) -> tuple[str, int]:
-    """The host and port that a listener is bound to."""
-    host, port, *_ = listener.transport_listener.socket.getsockname()  # type: ignore[attr-defined]
-    return host, port
-
-
-async def run_server(options: ServeOptions, started: Callable[[list[TCPListener]], None]) -> bool:
-    """Serve until SIGINT or SIGTERM, or until the first connection's end where ``options.once``.
+class Server:
+    """One process's connections, its signals and its watches.
 
     Args:
-      options: what to serve.
-      started: called when every listener is bound.
-
-    Returns:
-      False where ``options.once`` and the one login was refused.
-
-    Raises:
-      ConfigurationError: see `open_listeners`.
+      loaded: what to serve with.
+      listeners: bound already; they are closed when the server stops.
+      handler: the application.
+      telemetry: is told of everything.
+      notifier: tells the service manager.
+      make_tracer: makes the tracer of each connection.
+      once: stop after the first connection.
+      reload: reads the configuration again, in a thread; None where that makes no sense.
+      link: tells the supervisor, where this process is a worker.
     """
-    listeners = await open_listeners(options)
-    if options.verbose:
-        options.write("Waiting for client to connect...\nListening ! ")
-    handler = _announce(options.handler) if options.verbose else options.handler
-    result = True
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
-            # Only now: whoever reads the address may send a signal at once.
-            started(listeners)
-            if options.once:
-                result = await _serve_once(listeners, handler)
-                nursery.cancel_scope.cancel()
-            else:
-                await serve_sspi_listeners(handler, listeners)
-    return result
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        listeners: list[trio.SocketListener],
+        *,
+        handler: Handler,
+        telemetry: Telemetry,
+        notifier: Notifier,
+        make_tracer: Callable[[], Tracer] | None = None,
+        once: bool = False,
+        reload: Callable[[], Loaded] | None = None,
+        link: WorkerLink | None = None,
+    ) -> None:
+        self._loaded = loaded
+        self._listeners = listeners
+        self._telemetry = telemetry
+        self._notifier = notifier
+        self._once = once
+        self._load = reload
+        self._link = link
+        self._stopping = False
+        # Of the first connection, where there is to be one only: None until it has come.
+        self._served: bool | None = None
+        self._accepting = trio.CancelScope()
+        settings = loaded.settings
+        sessions = Sessions(lambda: self._service.limits, telemetry.traffic)
+        self._service = Service(
+            handler=handler,
+            acceptor=loaded.acceptor,
+            impersonation=loaded.impersonation,
+            wire=WireFormat(settings.serve.wire),
+            max_message_size=settings.serve.max_message_size,
+            limits=settings.limits,
+            keepalive=settings.listen.keepalive,
+            proxies=ProxyProtocol(settings.listen.proxy_from),
+            admission=Admission(settings.limits, clock=time.monotonic, random=random.SystemRandom()),
+            sessions=sessions,
+            telemetry=telemetry,
+            make_tracer=make_tracer,
+            logged_in=None if link is None else link.session_started,
+        )
+
+    async def run(self, started: Callable[[], None]) -> bool:
+        """Serve until told to stop, and everybody has gone or the grace is over.
+
+        Args:
+          started: called when signals are obeyed and connections accepted.
+
+        Returns:
+          Where only one connection was to be served, whether its login succeeded; else True.
+        """
+        signals = [*_STOP_SIGNALS, *([_RELOAD_SIGNAL] if _RELOAD_SIGNAL is not None else [])]
+        with trio.open_signal_receiver(*signals) as received:
+            async with trio.open_nursery() as self._watches:
+                self._watches.start_soon(self._obey, received)
+                self._watches.start_soon(self._service.sessions.watch, self._watches)
+                self._watches.start_soon(self._keep_beating)
+                self._watches.start_soon(self._watch_files)
+                self._watches.start_soon(self._notifier.keep_alive)
+                if self._link is not None:
+                    self._link.on_parent_gone = self._link.on_stop = self.stop
+                    self._watches.start_soon(self._link.run)
+                async with trio.open_nursery() as self._connections:
+                    self._connections.start_soon(self._accept, started)
+                self._watches.cancel_scope.cancel()
+        return self._served is not False
+
+    # Accepting
+
+    async def _accept(self, started: Callable[[], None]) -> None:
+        serve = self._serve_one if self._once else self._service.serve
+        with self._accepting:
+            async with trio.open_nursery() as nursery:
+                for listener in self._listeners:
+                    nursery.start_soon(accept_forever, listener, self._connections, serve, self._telemetry.accept_error)
+                # Only now: whoever learns of it may send a signal at once.
+                self._telemetry.ready(True)
+                self._notifier.ready()
+                if self._link is not None:
+                    self._link.ready()
+                started()
+
+    async def _serve_one(self, stream: trio.SocketStream) -> None:
+        if self._served is not None:
+            # Accepted beside the first one, by another listener.
+            await trio.aclose_forcefully(stream)
+            return
+        self._served = False
+        self._accepting.cancel()
+        self._served = await self._service.serve(stream)
+
+    # Watching
+
+    async def _keep_beating(self) -> None:
+        while True:
+            due = trio.current_time() + BEAT
+            await trio.sleep_until(due)
+            self._telemetry.loop_latency(trio.current_time() - due)
+            admission = self._service.admission
+            self._telemetry.connections(admission.pending, admission.established)
+
+    async def _watch_files(self) -> None:
+        known = await trio.to_thread.run_sync(_state_of, self._loaded.files)
+        while True:
+            await trio.sleep(FILES_INTERVAL)
+            if not self._loaded.settings.reload.watch_files:
+                continue
+            found = await trio.to_thread.run_sync(_state_of, self._loaded.files)
+            if found != known:
+                known = found
+                log.info("a file of the configuration has changed")
+                await self.reload()
+
+    async def _obey(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if number == _RELOAD_SIGNAL:
+                log.info("SIGHUP: reading the configuration again")
+                await self.reload()
+            elif self._link is None or not self._stopping:
+                # A worker may hear the same request from its supervisor and from systemd, in either order; when it is to
+                # be at once, the supervisor says so.
+                log.info("%s: stopping%s", signal.Signals(number).name, " at once" if self._stopping else "")
+                self.stop()
+
+    # Reloading
+
+    async def reload(self) -> None:
+        """Read the configuration again; a broken one changes nothing. Connections notice nothing of it."""
+        if self._load is None:
+            log.warning("there is no configuration to read again")
+            return
+        self._notifier.reloading()
+        try:
+            loaded = await trio.to_thread.run_sync(self._load)
+        except ConfigurationError as exc:
+            log.error("the configuration stays as it was: %s", exc)  # noqa: TRY400 - a clear one-line error
+        else:
+            self._apply(loaded)
+            log.info("the configuration was read again")
+        self._notifier.ready()
+        if self._link is not None:
+            self._link.reloaded()
+
+    def _apply(self, loaded: Loaded) -> None:
+        old, settings = self._loaded.settings, loaded.settings
+        service = self._service
+        service.acceptor, service.impersonation = loaded.acceptor, loaded.impersonation
+        service.limits = settings.limits
+        service.admission.reconfigure(settings.limits)
+        service.keepalive = settings.listen.keepalive
+        service.proxies = ProxyProtocol(settings.listen.proxy_from)
+        configure_logs(settings.log.log_level, settings.log.log_format)
+        if names := only_by_restart(old, settings):
+            log.warning("a restart is needed for what has changed in %s", ", ".join(names))
+        self._loaded = loaded
+
+    # Stopping
+
+    def stop(self) -> None:
+        """Stop; when called again, at once."""
+        if self._stopping:
+            self._connections.cancel_scope.cancel()
+            return
+        self._stopping = True
+        shutting_down().set()
+        self._telemetry.ready(False)
+        self._notifier.stopping()
+        if self._link is not None:
+            self._link.draining()
+        # While they are open: who starts next finds either a socket that answers, or none.
+        remove_socket_files(self._listeners)
+        self._accepting.cancel()
+        self._service.stop()
+        self._watches.start_soon(self._cancel_after_grace)
+
+    async def _cancel_after_grace(self) -> None:
+        grace = self._loaded.settings.workers.grace
+        await trio.sleep(grace)
+        log.warning("%d sessions have not ended within %g s: cancelled", len(self._service.sessions), grace)
+        self._connections.cancel_scope.cancel()
 
 
-async def _stop_on_signal(signals: object, scope: trio.CancelScope) -> None:
-    async for number in signals:  # type: ignore[attr-defined]
-        log.info("%s: stopping", signal.Signals(number).name)
-        scope.cancel()
-        return
-
-
-def _announce(handler: Handler) -> Handler:
-    async def announced(channel: TCPChannel) -> None:
-        if isinstance(channel.tracer, Transcript):
-            channel.tracer.authenticated(channel)
-        await handler(channel)
-
-    return announced
-
-
-async def _serve_once(listeners: list[TCPListener], handler: Handler) -> bool:
-    accepted: list[TCPChannel] = []
-
-    async def accept(listener: TCPListener, scope: trio.CancelScope) -> None:
-        accepted.append(await listener.accept())
-        scope.cancel()
-
-    async with AsyncExitStack() as stack:
-        for listener in listeners:
-            await stack.enter_async_context(listener)
-        async with trio.open_nursery() as nursery:
-            for listener in listeners:
-                nursery.start_soon(accept, listener, nursery.cancel_scope)
-    first, *others = accepted
-    for channel in others:
-        await trio.aclose_forcefully(channel)
-    return await serve_connection(first, handler, DEFAULT_HANDSHAKE_TIMEOUT, ServerStatistics())
+def _state_of(files: tuple[Path, ...]) -> list[tuple[int, int, int] | None]:
+    """What changes when a file does."""
+    found: list[tuple[int, int, int] | None] = []
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_mtime_ns, status.st_ino, status.st_size))
+    return found

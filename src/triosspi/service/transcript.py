@@ -68,10 +68,27 @@ class Transcript:
         self._lines.append(f"AcceptSecurityContext result = 0x{status:08x}")
         self._established = established
 
-    def authenticated(self, channel: SSPIChannel) -> None:  # type: ignore[type-arg]  # any transport
-        """The handshake of this transcript's connection has succeeded."""
+    def authenticated(self, channel: SSPIChannel, *, name: bool = True) -> None:  # type: ignore[type-arg]  # any transport
+        """The handshake of this transcript's connection has succeeded.
+
+        Args:
+          channel: the connection.
+          name: whether to say who it is; False where `impersonated` will.
+        """
         self._lines.append(f"Package Name: {channel.package_name}")
-        self._lines.append(f"Client connected as :  {harmless(channel.peer.principal)}")
+        if name:
+            self._lines.append(f"Client connected as :  {harmless(channel.peer.principal)}")
+        self._flush()
+
+    def impersonated(self, user_name: str) -> None:
+        """The server was the client for a while, and is itself again.
+
+        Args:
+          user_name: who the client is on this machine.
+        """
+        self._lines.append("Impersonation worked. ")
+        self._lines.append(f"Client connected as :  {harmless(user_name)}")
+        self._lines.append("Reverted to self.")
         self._flush()
 
     def message_sealed(self, message: bytes, trailer: bytes, ciphertext: bytes) -> None:

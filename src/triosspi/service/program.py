@@ -1,0 +1,204 @@
+"""What ``triosspi serve`` runs: one server, or a supervisor of several."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import trio
+
+from .._errors import ConfigurationError
+from .._session import Tracer
+from .._tcp import Handler, TCPChannel
+from .apps import Greet
+from .assembly import choose_app, make_acceptor, make_impersonation
+from .configuration import Configuration, Sources
+from .demo import DemoAccount
+from .listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
+from .logs import configure as configure_logs
+from .metrics import Metrics, WorkerMetrics
+from .notify import Notifier
+from .options import OptionError
+from .processes import Timing
+from .server import BEAT, Loaded, Server
+from .settings import Settings
+from .status import Health, StatusServer
+from .supervisor import Supervisor
+from .telemetry import Telemetry
+from .transcript import Transcript
+from .worker_link import WorkerLink
+
+_KEYTAB_FILE: Final = "FILE:"
+
+#: Called when the server serves, with its listeners.
+Started = Callable[[list[trio.SocketListener]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What is run. The supervisor pickles it for its workers.
+
+    Attributes:
+      sources: what the configuration is read from, at the start and at each reload.
+      demo: who may log in by NTLM where the configuration names nobody.
+    """
+
+    sources: Sources
+    demo: DemoAccount | None = None
+
+    def load(self) -> Loaded:
+        """Read the configuration, and make of it what is needed.
+
+        Raises:
+          ConfigurationError: something in it is wrong, or a file that it names.
+        """
+        configuration = self.sources.load()
+        try:
+            return self.make(configuration)
+        except OptionError as exc:
+            raise ConfigurationError(configuration.explain(exc)) from None
+
+    def make(self, configuration: Configuration) -> Loaded:
+        """The same of a configuration that was read already.
+
+        Raises:
+          OptionError: two options do not go together.
+          ConfigurationError: a file that it names is wrong.
+        """
+        settings = configuration.settings
+        return Loaded(
+            settings=settings,
+            acceptor=make_acceptor(settings.accept, None if self.demo is None else self.demo.table()),
+            impersonation=make_impersonation(settings.impersonation),
+            files=tuple(_files(settings, self.sources)),
+        )
+
+    async def serve(
+        self,
+        loaded: Loaded,
+        started: Started,
+        *,
+        once: bool = False,
+        make_tracer: Callable[[], Tracer] | None = None,
+    ) -> bool:
+        """Serve in this process; see `Server.run`."""
+        settings = loaded.settings
+        handler = choose_app(settings)
+        listeners = await open_listeners(settings.listen)
+        try:
+            health = Health()
+            metrics = None if settings.metrics.metrics is None else Metrics()
+            with ExitStack() as stack:
+                if settings.metrics.metrics is not None and metrics is not None:
+                    stack.enter_context(StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                telemetry = Telemetry(metrics, health=health)
+                stack.callback(telemetry.close)
+                server = Server(
+                    loaded,
+                    listeners,
+                    handler=_announce(handler) if make_tracer is not None else handler,
+                    telemetry=telemetry,
+                    notifier=Notifier.from_environment(),
+                    make_tracer=make_tracer,
+                    once=once,
+                    reload=self.load,
+                )
+                return await server.run(partial(started, listeners))
+        finally:
+            with trio.CancelScope(shield=True):
+                await close_listeners(listeners)
+
+    async def serve_as_worker(self, listeners: list[trio.SocketListener], link: WorkerLink) -> None:
+        """Serve in this process as one of a supervisor's workers."""
+        loaded = self.load()
+        configure_logs(loaded.settings.log.log_level, loaded.settings.log.log_format)
+        telemetry = Telemetry(None if loaded.settings.metrics.metrics is None else Metrics(worker=True))
+        server = Server(
+            loaded,
+            listeners,
+            handler=choose_app(loaded.settings),
+            telemetry=telemetry,
+            # The service manager hears the supervisor.
+            notifier=Notifier(None),
+            reload=self.load,
+            link=link,
+        )
+        try:
+            await server.run(lambda: None)
+        finally:
+            telemetry.close()
+
+    async def supervise(self, settings: Settings, started: Started) -> None:
+        """Serve in worker processes, see `Supervisor`."""
+        workers = settings.workers
+        if workers.reuse_port:
+            places = await reuse_port_sockets(settings.listen, workers.workers)
+        else:
+            places = [await open_listeners(settings.listen)] * workers.workers
+        listeners = list(dict.fromkeys(listener for place in places for listener in place))
+        try:
+            with ExitStack() as stack:
+                health = Health()
+                metrics: WorkerMetrics | None = None
+                if settings.metrics.metrics is not None:
+                    metrics = stack.enter_context(WorkerMetrics())
+                    stack.enter_context(StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                    # Workers count in files, which has to be known to them when they start.
+                    os.environ.update(metrics.environment)
+                supervisor = Supervisor(
+                    [[listener.socket for listener in place] for place in places],
+                    pickle.dumps(self),
+                    timing=Timing(grace=workers.grace, heartbeat_timeout=workers.heartbeat_timeout),
+                    max_sessions=workers.max_sessions,
+                    notifier=Notifier.from_environment(),
+                    reload=self._reload_for_workers,
+                    on_stop=partial(remove_socket_files, listeners),
+                    on_end=None if metrics is None else metrics.worker_died,
+                )
+                await supervisor.run(partial(started, listeners), partial(_show_health, supervisor, health))
+        finally:
+            with trio.CancelScope(shield=True):
+                await close_listeners(listeners)
+
+    def _reload_for_workers(self) -> bytes:
+        # They read it themselves; a broken one is refused here, once, before any of them is told.
+        self.load()
+        return pickle.dumps(self)
+
+
+async def _show_health(supervisor: Supervisor, health: Health) -> NoReturn:
+    while True:
+        if supervisor.well:
+            health.heartbeat()
+        health.set_ready(supervisor.ready)
+        await trio.sleep(BEAT)
+
+
+def _files(settings: Settings, sources: Sources) -> list[Path]:
+    """What the configuration comes from and is about, but for the accounts, which are looked at anyway."""
+    found = [] if sources.file is None else [sources.file]
+    if settings.impersonation.account_map is not None:
+        found.append(settings.impersonation.account_map)
+    keytab = settings.accept.keytab
+    if keytab is not None and (keytab.startswith(_KEYTAB_FILE) or ":" not in keytab):
+        found.append(Path(keytab.removeprefix(_KEYTAB_FILE)))
+    return found
+
+
+def _announce(handler: Handler) -> Handler:
+    """The same, with the sample's lines for each login."""
+    # As the sample does, which asks for the client's name while it is the client.
+    name = not (isinstance(handler, Greet) and handler.impersonates)
+
+    async def announced(channel: TCPChannel) -> Any:
+        if isinstance(channel.tracer, Transcript):
+            channel.tracer.authenticated(channel, name=name)
+        return await handler(channel)
+
+    return announced

@@ -1,0 +1,357 @@
+"""The parent of ``triosspi serve --workers``: starts the worker processes, watches them, replaces and ends them."""
+
+# What it must hold:
+#
+# * A worker is a fresh interpreter. A fork of a process with threads, an event loop and a Kerberos library is a copy of
+#   locks that nobody will release.
+# * Nobody waits in a dead worker's queue for ever: the listening sockets are this process's, which accepts nothing, and
+#   outlive every worker. A replacement finds what was queued.
+# * What a worker does to itself is its own affair. It dies: another takes its place, at once if it had lived for a while,
+#   else after a pause that doubles, so that a fault which comes with every start does not take the whole machine. It hangs:
+#   its event loop sends no heartbeat, and it is killed. Only where one cannot start when all begin is it the
+#   configuration's fault: then the start fails, with that worker's reason.
+# * Everything ends. A worker that is told to go and does not is killed; whatever happens to this process's own tasks, the
+#   last thing that they do is to kill and to reap. And where this process itself is killed, the workers see the end
+#   of their link (see `worker_link`).
+# * One request to stop is one, however many processes it reaches. systemd sends SIGTERM to all of a service at once; a
+#   terminal's Ctrl-C would go to all of its group, so workers have a group of their own. Orders go over the link, where
+#   the same one may be said twice; signals are for a worker that does not listen yet.
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, Protocol
+
+import trio
+
+from .._errors import ConfigurationError
+from .notify import Notifier
+from .processes import COMMAND, Process, Timing, WorkerProcess, spawn
+from .reasons import reason
+from .worker_link import Plan
+
+log = logging.getLogger("triosspi.server")
+
+Spawn = Callable[[int, int, Sequence[int]], Awaitable[Process]]
+_SPAWN: Final[Spawn] = partial(spawn, COMMAND)
+# Seconds within which a second signal is the first one's echo: timeout(1) sends its SIGTERM to the process and to its group.
+_ECHO: Final = 0.2
+# Times of `heartbeat_timeout`: the supervisor's own kill comes first, if there is a supervisor.
+_ALARM: Final = 2
+
+
+class ListeningSocket(Protocol):
+    """What is needed of a socket: the standard library's, or Trio's."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def close(self) -> None:
+        """May be called twice."""
+
+
+class Pauses:
+    """How long to wait before the next try, after each that failed."""
+
+    def __init__(self, timing: Timing) -> None:
+        self._timing = timing
+        self._failures = 0
+
+    def after(self, lived: float) -> float:
+        """Seconds.
+
+        Args:
+          lived: what was tried went well for so many seconds.
+        """
+        if lived >= self._timing.stable:
+            self._failures = 0
+            return 0.0
+        # The power's limit is only for the arithmetic.
+        pause = self._timing.first_pause * 2.0 ** min(self._failures, 30)
+        self._failures += 1
+        return min(pause, self._timing.longest_pause)
+
+
+class Supervisor:
+    """Worker processes, one for each place.
+
+    Args:
+      places: the listening sockets that the worker of each place accepts from; two places may share them. They
+          are this object's from now on, and closed when it stops.
+      service: what the workers serve, see `Plan`.
+      timing: see `Timing`.
+      max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first.
+      notifier: the service manager.
+      reload: called for each SIGHUP before the workers are told; returns what those serve that start from then on.
+          Where it raises `ConfigurationError`, that is logged, and all stays as it is.
+      on_stop: called when it begins to stop, before the sockets are closed.
+      on_end: called with the process number of each worker that has ended.
+      spawn: starts a worker; for tests.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Sequence[ListeningSocket]],
+        service: bytes,
+        *,
+        timing: Timing | None = None,
+        max_sessions: int | None = None,
+        notifier: Notifier | None = None,
+        reload: Callable[[], bytes] | None = None,
+        on_stop: Callable[[], object] | None = None,
+        on_end: Callable[[int], object] | None = None,
+        spawn: Spawn = _SPAWN,
+    ) -> None:
+        self._places = [list(place) for place in places]
+        self._service = service
+        self._timing = timing if timing is not None else Timing()
+        self._max_sessions = max_sessions
+        self._notifier = notifier if notifier is not None else Notifier(None)
+        self._reload = reload
+        self._on_stop = on_stop
+        self._on_end = on_end
+        self._spawn = spawn
+        self._workers: set[WorkerProcess] = set()
+        self._attending: trio.Nursery
+        self._serving = trio.CancelScope()
+        self._stops = 0
+        self._reload_wanted = trio.Event()
+        self._renewing = trio.Lock()
+
+    @property
+    def workers(self) -> list[WorkerProcess]:
+        """All that have not ended, also those on their way out."""
+        return sorted(self._workers, key=lambda worker: (worker.number, worker.pid))
+
+    @property
+    def well(self) -> bool:
+        """The service manager need not do anything: somebody serves, or finishes, and nobody hangs."""
+        return any(worker.ready.is_set() for worker in self._workers) and all(worker.alive for worker in self._workers)
+
+    @property
+    def ready(self) -> bool:
+        """Whoever comes now is served: somebody is ready, and nobody has said stop."""
+        return not self._stops and any(
+            worker.ready.is_set() and worker.alive and not worker.draining.is_set() for worker in self._workers
+        )
+
+    async def run(
+        self,
+        started: Callable[[], object] | None = None,
+        alongside: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """Serve until a signal says stop. SIGTERM and SIGINT stop, a second one at once; SIGHUP reloads.
+
+        Args:
+          started: called when all workers are ready.
+          alongside: run from the first worker's start to the last one's end.
+
+        Raises:
+          ConfigurationError: a worker could not start; the others have been ended.
+        """
+        failure: ConfigurationError | None = None
+        try:
+            # The last to be undone: a signal that comes late must not end this process before its children.
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                async with trio.open_nursery() as self._attending:
+                    self._attending.start_soon(self._obey, signals)
+                    if alongside is not None:
+                        self._attending.start_soon(alongside)
+                    try:
+                        with self._serving:
+                            await self._serve(started)
+                        await self._end()
+                    except ConfigurationError as exc:
+                        failure = exc
+                    # With it the workers, if there are any left.
+                    self._attending.cancel_scope.cancel()
+        finally:
+            self._close()
+        if failure is not None:
+            raise failure
+
+    # Starting and replacing
+
+    async def _serve(self, started: Callable[[], object] | None) -> None:
+        """Start all, and keep all places filled, for ever."""
+        first = [await self._launch(number) for number in range(1, len(self._places) + 1)]
+        for worker in first:
+            await worker.settled.wait()
+            if not worker.ready.is_set():
+                raise ConfigurationError(worker.failure)
+        log.info("all %d workers are ready", len(first))
+        self._notifier.ready(self._status())
+        if started is not None:
+            started()
+        async with trio.open_nursery() as nursery:
+            for worker in first:
+                nursery.start_soon(self._keep, worker)
+            nursery.start_soon(self._reload_when_wanted)
+            nursery.start_soon(self._notifier.keep_alive, lambda: self.well)
+
+    async def _keep(self, worker: WorkerProcess) -> None:
+        """Keep a place filled, for ever."""
+        pauses = Pauses(self._timing)
+        while True:
+            await worker.leaving.wait()
+            if worker.outworn:
+                # One at a time: all have had their sessions at about the same moment.
+                async with self._renewing:
+                    log.info("%s has served %d sessions: it is replaced", worker, worker.report.sessions)
+                    fresh = await self._launch_until_ready(worker.number, pauses)
+                worker.drain()
+            else:
+                await self._pause(pauses.after(worker.lived), worker.number)
+                fresh = await self._launch_somehow(worker.number, pauses)
+            worker = fresh
+
+    async def _launch_until_ready(self, number: int, pauses: Pauses) -> WorkerProcess:
+        while True:
+            worker = await self._launch_somehow(number, pauses)
+            await worker.settled.wait()
+            if worker.ready.is_set():
+                return worker
+            await self._pause(pauses.after(0.0), number)
+
+    async def _launch_somehow(self, number: int, pauses: Pauses) -> WorkerProcess:
+        while True:
+            try:
+                return await self._launch(number)
+            except ConfigurationError as exc:
+                log.error("%s", exc)  # noqa: TRY400 - the reason is all there is to it
+                await self._pause(pauses.after(0.0), number)
+
+    async def _pause(self, seconds: float, number: int) -> None:
+        if seconds:
+            log.warning("worker %d is started again in %g s", number, seconds)
+        await trio.sleep(seconds)
+
+    async def _launch(self, number: int) -> WorkerProcess:
+        """Start a worker for a place; it is attended to from now on.
+
+        Raises:
+          ConfigurationError: the system does not let it start.
+        """
+        listeners = tuple(sock.fileno() for sock in self._places[number - 1])
+        plan = Plan(
+            number=number,
+            listeners=listeners,
+            service=self._service,
+            heartbeat=self._timing.heartbeat,
+            max_sessions=self._max_sessions,
+            alarm=_ALARM * self._timing.heartbeat_timeout,
+        )
+        try:
+            ours, theirs = socket.socketpair()
+            try:
+                with theirs, plan.file() as file:
+                    process = await self._spawn(theirs.fileno(), file.fileno(), listeners)
+            except BaseException:
+                ours.close()
+                raise
+        except OSError as exc:
+            raise ConfigurationError(f"cannot start worker {number}: {reason(exc)}") from None
+        worker = WorkerProcess(
+            number, process, ours, self._timing, max_sessions=self._max_sessions, changed=self._tell_status
+        )
+        log.debug("%s has been started", worker)
+        self._workers.add(worker)
+        # Without a checkpoint since it was started: nobody else would reap it.
+        self._attending.start_soon(self._attend, worker)
+        return worker
+
+    async def _attend(self, worker: WorkerProcess) -> None:
+        try:
+            await worker.attend()
+        finally:
+            # By identity: the system may have given the number to the next already.
+            self._workers.discard(worker)
+            if self._on_end is not None:
+                self._on_end(worker.pid)
+            self._tell_status()
+
+    # Telling
+
+    def _status(self) -> str:
+        ready = sum(worker.ready.is_set() and not worker.draining.is_set() for worker in self._workers)
+        draining = sum(worker.draining.is_set() for worker in self._workers)
+        return f"{ready} of {len(self._places)} workers ready" + (f", {draining} draining" if draining else "")
+
+    def _tell_status(self) -> None:
+        self._notifier.status(self._status())
+
+    # Signals
+
+    async def _obey(self, signals: AsyncIterator[int]) -> None:
+        last = -math.inf
+        async for number in signals:
+            name = signal.Signals(number).name
+            if number == signal.SIGHUP:
+                log.info("%s: reloading", name)
+                self._reload_wanted.set()
+            elif trio.current_time() - last > _ECHO:
+                last = trio.current_time()
+                self.stop(name)
+
+    def stop(self, why: str = "stop") -> None:
+        """Stop, as a signal does: called again, at once; a third time, without mercy."""
+        self._stops += 1
+        if self._stops == 1:
+            log.info("%s: stopping", why)
+            self._serving.cancel()
+            return
+        log.warning("%s again: stopping at once", why)
+        for worker in self._workers:
+            if self._stops == 2:
+                worker.stop()
+            else:
+                worker.send(signal.SIGKILL)
+
+    async def _end(self) -> None:
+        """Let all workers finish, and wait for it."""
+        self._notifier.stopping()
+        if self._on_stop is not None:
+            self._on_stop()
+        # From now on nobody new is to come in; where the workers have closed theirs too, connecting is refused.
+        self._close()
+        workers = list(self._workers)
+        for worker in workers:
+            worker.drain()
+        for worker in workers:
+            await worker.ended.wait()
+
+    def _close(self) -> None:
+        for place in self._places:
+            for sock in place:
+                sock.close()
+
+    async def _reload_when_wanted(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted = trio.Event()
+            self._notifier.reloading()
+            try:
+                if self._reload is not None:
+                    self._service = self._reload()
+            except ConfigurationError as exc:
+                # They would find the same.
+                log.error("not reloaded, the old configuration stays: %s", exc)  # noqa: TRY400 - no error of ours
+            else:
+                await self._reload_workers()
+            self._notifier.ready(self._status())
+
+    async def _reload_workers(self) -> None:
+        workers = [worker for worker in self._workers if worker.alive]
+        for worker in workers:
+            worker.reload()
+        with trio.move_on_after(self._timing.reload) as in_time:
+            for worker in workers:
+                if worker.ready.is_set():
+                    await worker.wait_reloaded()
+        if in_time.cancelled_caught:
+            log.warning("not all workers have reloaded after %g s", self._timing.reload)

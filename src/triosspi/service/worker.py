@@ -1,0 +1,56 @@
+"""A worker process of ``triosspi serve --workers``.
+
+    python -P -m triosspi.service.worker LINK PLAN
+
+LINK and PLAN are descriptors that the supervisor has passed on: a stream socket, and a file with a `Plan`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import pickle
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from .._errors import ConfigurationError
+from .program import Program
+from .worker_link import Plan, WorkerLink, take_descriptors
+
+log = logging.getLogger("triosspi.server")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a worker; returns the exit status."""
+    link_fd, plan_fd = map(int, arguments)
+    plan = Plan.take(plan_fd)
+    (sock,) = take_descriptors([link_fd])
+    link = WorkerLink(sock, heartbeat=plan.heartbeat, max_sessions=plan.max_sessions, alarm=plan.alarm)
+    # Until the server takes them, signals end the process, and that quietly.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with suppress(RuntimeError, OSError, ValueError):
+        # The supervisor asks for it before it kills a worker that hangs. Names of files and functions; no values.
+        faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+    try:
+        program = pickle.loads(plan.service)  # noqa: S301 - the supervisor's word, by a descriptor of its own
+        assert isinstance(program, Program)
+        listeners = [
+            trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+            for listener in take_descriptors(plan.listeners)
+        ]
+        trio.run(program.serve_as_worker, listeners, link)
+    except ConfigurationError as exc:
+        link.failed(str(exc))
+        return 1
+    except Exception:
+        log.exception("the worker has failed")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,254 @@
+"""What a supervisor and its workers tell each other, and the worker's end of it."""
+
+# What goes over the link. The supervisor writes single letters, `Order`: each may be said twice, and the second time means
+# nothing, so that it does not matter who else tells the worker the same: systemd and a terminal send their SIGTERM and
+# SIGINT to every process of the service at once, and a worker that took the supervisor's for a second one would cut off
+# its clients. The worker writes lines of JSON, `Report`: each says everything, so that one may be lost. That happens when
+# the supervisor is stopped for minutes (Ctrl-Z, a debugger) and the socket's buffer is full of heartbeats; the worker must
+# neither wait then nor take it for the supervisor's death, which is the end of the stream and nothing else.
+#
+# Heartbeats come from a task of the event loop that serves: what stops the loop (a handler in an endless loop, a
+# blocking call) stops them, and the supervisor kills the worker. Where the supervisor has died too, nobody would; so each
+# heartbeat winds up the kernel's alarm clock, which needs neither the loop nor the interpreter to end the process.
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from typing import Annotated, BinaryIO, Final, NoReturn
+
+import msgspec
+import trio
+
+#: Seconds between two heartbeats.
+HEARTBEAT: Final = 1.0
+#: Characters of a `Report.failure`, and bytes of a report's line.
+LONGEST_FAILURE: Final = 1000
+LONGEST_REPORT: Final = 8192
+
+
+class Order(enum.Enum):
+    """What the supervisor says, a byte each."""
+
+    DRAIN = b"d"
+    STOP = b"s"
+    RELOAD = b"r"
+
+
+class State(enum.Enum):
+    """What a worker is doing."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker says of itself, about each second and when something has changed.
+
+    Attributes:
+      state: what it is doing.
+      sessions: clients that have logged in since it started.
+      reloads: how often it has done with an `Order.RELOAD`.
+      failure: why it cannot start, in one line.
+    """
+
+    state: State = State.STARTING
+    sessions: Annotated[int, msgspec.Meta(ge=0)] = 0
+    reloads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    failure: Annotated[str, msgspec.Meta(max_length=LONGEST_FAILURE)] | None = None
+
+    def line(self) -> bytes:
+        """As it goes over the link."""
+        return msgspec.json.encode(self) + b"\n"
+
+    @classmethod
+    def read(cls, line: bytes) -> Report:
+        """The report of a line.
+
+        Raises:
+          ValueError: it is none.
+        """
+        return msgspec.json.decode(line, type=cls)
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker is to do.
+
+    Attributes:
+      number: of the worker's place, from 1, for people.
+      listeners: descriptors of listening sockets.
+      service: what to serve, as the program that the supervisor starts understands it: a pickled `program.Program`.
+          May be secret.
+      heartbeat: seconds between two heartbeats.
+      max_sessions: so many sessions are reported at once, and not with the next heartbeat.
+      alarm: seconds without a heartbeat after which the kernel ends the worker; None: it does not.
+    """
+
+    number: int
+    listeners: tuple[int, ...]
+    service: bytes
+    heartbeat: float = HEARTBEAT
+    max_sessions: int | None = None
+    alarm: float | None = None
+
+    def file(self) -> BinaryIO:
+        """A file with it, at its beginning; in memory, without a name, and gone when it is closed."""
+        # Not on the command line and not in the environment, which others on the machine can read, nor on a disk.
+        file = open(os.memfd_create("triosspi-plan"), "w+b")  # noqa: SIM115 - the caller's
+        try:
+            file.write(msgspec.json.encode(self))
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @classmethod
+    def take(cls, fd: int) -> Plan:
+        """Read it, and close the descriptor.
+
+        Raises:
+          ValueError: there is none in it.
+        """
+        with open(fd, "rb") as file:
+            return msgspec.json.decode(file.read(), type=cls)
+
+
+def take_descriptors(descriptors: Iterable[int]) -> list[socket.socket]:
+    """The sockets of inherited descriptors, which a child of this process does not inherit in its turn."""
+    # Passed on by the supervisor, they are inheritable here. A program that a handler starts would hold the port, and
+    # the link: the supervisor would not see its end.
+    sockets = []
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+        sockets.append(socket.socket(fileno=fd))
+    return sockets
+
+
+class WorkerLink:
+    """A worker's end of the link to its supervisor.
+
+    What is told is told at once and never waited for. A server calls `ready` when it serves, `session_started`
+    for each login, `draining` when it begins to stop, whyever, and `reloaded` when it has read its
+    configuration again or has refused to; and it runs `run` meanwhile.
+
+    Args:
+      sock: the connected socket; belongs to this from now on.
+      heartbeat: see `Plan`.
+      max_sessions: see `Plan`.
+      alarm: see `Plan`.
+
+    Attributes:
+      on_parent_gone: called once, when the supervisor has died or wants the worker to go: finish what is
+          under way, and end; by default as SIGTERM would.
+      on_stop: called when the supervisor wants it to end at once, after ``on_parent_gone``; by default as SIGINT would.
+      on_reload: called when it shall read its configuration again; by default as SIGHUP would.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        heartbeat: float = HEARTBEAT,
+        max_sessions: int | None = None,
+        alarm: float | None = None,
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._heartbeat = heartbeat
+        self._max_sessions = max_sessions
+        self._alarm = alarm
+        self._report = Report()
+        self._unsent = b""
+        self._leaving = False
+        self.on_parent_gone: Callable[[], object] = lambda: signal.raise_signal(signal.SIGTERM)
+        # Not SIGTERM: Trio makes one of two that come at once.
+        self.on_stop: Callable[[], object] = lambda: signal.raise_signal(signal.SIGINT)
+        self.on_reload: Callable[[], object] = lambda: signal.raise_signal(signal.SIGHUP)
+
+    async def run(self) -> NoReturn:
+        """Send heartbeats and take orders, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._obey)
+            while True:
+                if self._alarm is not None:
+                    signal.setitimer(signal.ITIMER_REAL, self._alarm)
+                self._tell()
+                await trio.sleep(self._heartbeat)
+
+    def ready(self) -> None:
+        """It serves."""
+        if self._report.state is State.STARTING:
+            self._change(state=State.READY)
+
+    def session_started(self) -> None:
+        """One more client has logged in."""
+        sessions = self._report.sessions + 1
+        self._report = msgspec.structs.replace(self._report, sessions=sessions)
+        if sessions == self._max_sessions:
+            self._tell()
+
+    def draining(self) -> None:
+        """It accepts no more clients, and will end."""
+        self._leaving = True
+        self._change(state=State.DRAINING)
+
+    def reloaded(self) -> None:
+        """It has done with an `Order.RELOAD`."""
+        self._change(reloads=self._report.reloads + 1)
+
+    def failed(self, reason: str) -> None:
+        """It cannot start; say why before ending."""
+        self._change(failure=" ".join(reason.split())[:LONGEST_FAILURE])
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
+
+    def _change(self, **fields: object) -> None:
+        self._report = msgspec.structs.replace(self._report, **fields)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send what there is to say, if there is room for it."""
+        try:
+            data = self._unsent + self._report.line()
+            rest = data[self._sock.send(data) :]
+        except OSError:
+            # No room; or the supervisor is gone, which `_obey` sees, too.
+            return
+        # A line that has been begun must be ended, or the next would be nonsense.
+        self._unsent = rest[: rest.find(b"\n") + 1]
+
+    async def _obey(self) -> None:
+        """Take orders until there is nobody to give any."""
+        sock = trio.socket.from_stdlib_socket(self._sock)
+        while True:
+            try:
+                said = await sock.recv(64)
+            except OSError:
+                said = b""
+            if not said:
+                break
+            for number in said:
+                self._follow(bytes([number]))
+        self._leave()
+
+    def _follow(self, order: bytes) -> None:
+        if order == Order.DRAIN.value:
+            self._leave()
+        elif order == Order.STOP.value:
+            self._leave()
+            self.on_stop()
+        elif order == Order.RELOAD.value:
+            self.on_reload()
+
+    def _leave(self) -> None:
+        # A signal of somebody else's may have come before.
+        if not self._leaving:
+            self._leaving = True
+            self.on_parent_gone()
