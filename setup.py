@@ -1,6 +1,7 @@
 """The one thing that pyproject.toml cannot say yet: the extension modules."""
 
 import sys
+from glob import glob
 
 from setuptools import Extension, setup
 
@@ -9,7 +10,13 @@ from setuptools import Extension, setup
 extensions = [
     Extension("triosspi._framing", ["src/_framing.pyx"]),
     # Needs OpenSSL 3 and its headers. Where they are not, it is left out, and pyspnego seals.
-    Extension("triosspi._sealing", ["src/_sealing.pyx"], libraries=["crypto"], optional=True),
+    Extension(
+        "triosspi._sealing",
+        ["src/_sealing.pyx"],
+        depends=sorted(glob("src/sealing/*.pxi")),
+        libraries=["crypto"],
+        optional=True,
+    ),
 ]
 if sys.platform == "linux":
     # System calls of Linux. Where the kernel's headers are not, it is left out, and nobody is impersonated.

@@ -74,6 +74,7 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
         "scripts/os-packages.sh",
         "setup.py",
         "src/_framing.pyx",
+        "src/sealing/kerberos.pxi",
         "src/triosspi/__init__.py",
         "src/triosspi/_framing.pyi",
         "src/triosspi/py.typed",
