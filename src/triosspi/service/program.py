@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import msgspec
 import trio
 
 from .._errors import ConfigurationError
 from .._session import Tracer
-from .._tcp import Handler, TCPChannel
+from .._tcp import Handler, TCPChannel, format_address
 from .apps import Greet
 from .assembly import choose_app, make_acceptor, make_impersonation
 from .configuration import Configuration, Sources
@@ -27,12 +29,14 @@ from .notify import Notifier
 from .options import OptionError
 from .processes import Timing
 from .server import BEAT, Loaded, Server
-from .settings import Settings
+from .settings import Limits, Settings
 from .status import Health, StatusServer
 from .supervisor import Supervisor
 from .telemetry import Telemetry
 from .transcript import Transcript
 from .worker_link import WorkerLink
+
+log = logging.getLogger("triosspi.server")
 
 _KEYTAB_FILE: Final = "FILE:"
 
@@ -47,10 +51,12 @@ class Program:
     Attributes:
       sources: what the configuration is read from, at the start and at each reload.
       demo: who may log in by NTLM where the configuration names nobody.
+      share: of so many processes this is one, and may take that part of what all connections together may.
     """
 
     sources: Sources
     demo: DemoAccount | None = None
+    share: int = 1
 
     def load(self) -> Loaded:
         """Read the configuration, and make of it what is needed.
@@ -73,7 +79,7 @@ class Program:
         """
         settings = configuration.settings
         return Loaded(
-            settings=settings,
+            settings=msgspec.structs.replace(settings, limits=_part(settings.limits, self.share)),
             acceptor=make_acceptor(settings.accept, None if self.demo is None else self.demo.table()),
             impersonation=make_impersonation(settings.impersonation),
             files=tuple(_files(settings, self.sources)),
@@ -96,7 +102,7 @@ class Program:
             metrics = None if settings.metrics.metrics is None else Metrics()
             with ExitStack() as stack:
                 if settings.metrics.metrics is not None and metrics is not None:
-                    stack.enter_context(StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                    _show_status(stack, StatusServer(settings.metrics.metrics, health, metrics.exposition))
                 telemetry = Telemetry(metrics, health=health)
                 stack.callback(telemetry.close)
                 server = Server(
@@ -137,6 +143,7 @@ class Program:
     async def supervise(self, settings: Settings, started: Started) -> None:
         """Serve in worker processes, see `Supervisor`."""
         workers = settings.workers
+        crew = replace(self, share=workers.workers)
         if workers.reuse_port:
             places = await reuse_port_sockets(settings.listen, workers.workers)
         else:
@@ -148,16 +155,16 @@ class Program:
                 metrics: WorkerMetrics | None = None
                 if settings.metrics.metrics is not None:
                     metrics = stack.enter_context(WorkerMetrics())
-                    stack.enter_context(StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                    _show_status(stack, StatusServer(settings.metrics.metrics, health, metrics.exposition))
                     # Workers count in files, which has to be known to them when they start.
                     os.environ.update(metrics.environment)
                 supervisor = Supervisor(
                     [[listener.socket for listener in place] for place in places],
-                    pickle.dumps(self),
+                    pickle.dumps(crew),
                     timing=Timing(grace=workers.grace, heartbeat_timeout=workers.heartbeat_timeout),
                     max_sessions=workers.max_sessions,
                     notifier=Notifier.from_environment(),
-                    reload=self._reload_for_workers,
+                    reload=crew.reload_for_workers,
                     on_stop=partial(remove_socket_files, listeners),
                     on_end=None if metrics is None else metrics.worker_died,
                 )
@@ -166,10 +173,16 @@ class Program:
             with trio.CancelScope(shield=True):
                 await close_listeners(listeners)
 
-    def _reload_for_workers(self) -> bytes:
+    def reload_for_workers(self) -> bytes:
+        """See `Supervisor`."""
         # They read it themselves; a broken one is refused here, once, before any of them is told.
         self.load()
         return pickle.dumps(self)
+
+
+def _show_status(stack: ExitStack, server: StatusServer) -> None:
+    stack.enter_context(server)
+    log.info("metrics and health on http://%s", format_address(*server.address))
 
 
 async def _show_health(supervisor: Supervisor, health: Health) -> NoReturn:
@@ -178,6 +191,19 @@ async def _show_health(supervisor: Supervisor, health: Health) -> NoReturn:
             health.heartbeat()
         health.set_ready(supervisor.ready)
         await trio.sleep(BEAT)
+
+
+def _part(limits: Limits, share: int) -> Limits:
+    """The caps on all connections, for one of so many processes.
+
+    What is counted by source is not divided: nobody knows to which process a source's next connection goes.
+    """
+    startups = limits.max_unauthenticated
+    return msgspec.structs.replace(
+        limits,
+        max_connections=-(-limits.max_connections // share),
+        max_unauthenticated=replace(startups, start=-(-startups.start // share), full=-(-startups.full // share)),
+    )
 
 
 def _files(settings: Settings, sources: Sources) -> list[Path]:
