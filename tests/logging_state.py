@@ -16,7 +16,7 @@ def log_as_before() -> Iterator[None]:
     level = root.level
     yield
     root.setLevel(level)
-    if (logs := sys.modules.get("triosspi.service.logs")) is not None:
+    if (logs := sys.modules.get("triosspi.service.observe.logs")) is not None:
         for handler in root.handlers[:]:
             if isinstance(handler, logs._Handler):
                 root.removeHandler(handler)

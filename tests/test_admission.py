@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triosspi import ConfigurationError
-from triosspi.service.addresses import IPAddress, IPNetwork, unmapped
-from triosspi.service.admission import Admission, Dropped, Entry, MaxStartups, source_key
-from triosspi.service.penalties import PenaltyPolicy
+from triosspi.service.network.addresses import IPAddress, IPNetwork, unmapped
+from triosspi.service.network.admission import Admission, Dropped, Entry, MaxStartups, source_key
+from triosspi.service.network.penalties import PenaltyPolicy
 
 ALICE = IPv4Address("192.0.2.1")
 BOB = IPv4Address("192.0.2.2")

@@ -16,9 +16,9 @@ from programs import stop_at_once
 from triosspi import AccountFile
 from triosspi.service import account_editor, cli
 from triosspi.service.cli.config import example
-from triosspi.service.configuration import Sources
+from triosspi.service.config.configuration import Sources
+from triosspi.service.config.settings import SECTIONS, Settings, all_options
 from triosspi.service.server import Loaded
-from triosspi.service.settings import SECTIONS, Settings, all_options
 
 OPTIONS = all_options()
 COMMANDS: dict[str, Any] = {name: cli.cli.commands[name] for name in ("serve", "check-config")}

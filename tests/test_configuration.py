@@ -14,7 +14,7 @@ import pytest
 from triosspi import AccountFile, ConfigurationError
 from triosspi.service import account_editor
 from triosspi.service.apps import SAMPLE_MESSAGE, Greet, echo
-from triosspi.service.assembly import (
+from triosspi.service.config.assembly import (
     app_name,
     choose_app,
     make_acceptor,
@@ -22,9 +22,9 @@ from triosspi.service.assembly import (
     make_impersonation,
     needs_demo_account,
 )
-from triosspi.service.configuration import Configuration, ConfigurationErrors, Origin, Sources, own_variables
-from triosspi.service.options import OptionError
-from triosspi.service.settings import Accept, Impersonate, Limits, Serve, Settings, all_options
+from triosspi.service.config.configuration import Configuration, ConfigurationErrors, Origin, Sources, own_variables
+from triosspi.service.config.options import OptionError
+from triosspi.service.config.settings import Accept, Impersonate, Limits, Serve, Settings, all_options
 
 NAME = "triosspi.toml"
 

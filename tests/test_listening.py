@@ -23,9 +23,10 @@ import trio
 import trio.testing
 
 from triosspi import ConfigurationError
-from triosspi.service import listening
-from triosspi.service.descriptors import descriptors_of, inherited_listeners, listeners_from_descriptors
-from triosspi.service.listening import (
+from triosspi.service.config.settings import Listen
+from triosspi.service.network import listening
+from triosspi.service.network.descriptors import descriptors_of, inherited_listeners, listeners_from_descriptors
+from triosspi.service.network.listening import (
     ANY_HOST,
     close_listeners,
     open_listeners,
@@ -35,7 +36,6 @@ from triosspi.service.listening import (
     tune,
     where,
 )
-from triosspi.service.settings import Listen
 
 LOCAL = "127.0.0.1"
 
@@ -336,7 +336,7 @@ async def test_a_file_that_goes_while_it_is_looked_at_makes_room(
         path.unlink(missing_ok=True)
         return is_socket(mode)
 
-    monkeypatch.setattr("triosspi.service.unix_sockets.stat.S_ISSOCK", look_and_lose)
+    monkeypatch.setattr("triosspi.service.network.unix_sockets.stat.S_ISSOCK", look_and_lose)
     async with listening_on(Where(hosts=(), unix=(path,))):
         assert os.listdir(tmp_path) == ["socket"]
 
@@ -395,7 +395,7 @@ async def test_a_socket_that_cannot_be_set_up_leaves_no_file(
 
 
 async def test_a_system_without_unix_sockets_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triosspi.service.unix_sockets.UNIX", None)
+    monkeypatch.setattr("triosspi.service.network.unix_sockets.UNIX", None)
     with pytest.raises(ConfigurationError, match="this system has no unix sockets"):
         await open_listeners(Where(hosts=(), unix=(tmp_path / "socket",)), {})
 
@@ -459,8 +459,8 @@ os.execv(sys.executable, [sys.executable, "-c", *sys.argv[3 + count:]])
 SERVER = """
 import os, subprocess, sys, trio
 from triosspi import ConfigurationError
-from triosspi.service.listening import open_listeners, where
-from triosspi.service.settings import Listen
+from triosspi.service.network.listening import open_listeners, where
+from triosspi.service.config.settings import Listen
 
 async def main():
     try:
@@ -554,7 +554,7 @@ def test_variables_that_make_no_sense_are_an_error(name: str, value: str) -> Non
 
 def test_descriptors_that_were_announced_and_are_not_there_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     # Far above all that are open here: this process's own 3 must not be taken.
-    monkeypatch.setattr("triosspi.service.descriptors._FIRST", 900)
+    monkeypatch.setattr("triosspi.service.network.descriptors._FIRST", 900)
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "9999", "LISTEN_FDNAMES": "web"}
     with pytest.raises(
         ConfigurationError, match=r"^cannot listen on descriptor 900 \('web'\), .*: Bad file descriptor$"
@@ -645,7 +645,7 @@ async def test_sockets_for_workers_are_not_shared_with_another_server_by_mistake
 async def test_sockets_from_systemd_are_shared_by_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server((LOCAL, 0)) as server:
         fd = os.dup(server.fileno())
-        monkeypatch.setattr("triosspi.service.descriptors._FIRST", fd)
+        monkeypatch.setattr("triosspi.service.network.descriptors._FIRST", fd)
         environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
         first, second = await reuse_port_sockets(Where(), 2, environ)
         assert first == second

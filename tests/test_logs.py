@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from triosspi import ConfigurationError
 from triosspi.security import spnego_compat
-from triosspi.service import logs
+from triosspi.service.observe import logs
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z"
 
@@ -553,7 +553,7 @@ def test_a_line_that_was_taken_in_part_does_not_spoil_the_next_one(monkeypatch: 
 
 SPEAKER = """
 import logging, sys
-from triosspi.service import logs
+from triosspi.service.observe import logs
 logs.configure("info", "json")
 for number in range(100):
     logging.getLogger("speaker").info("%s %d %s", sys.argv[1], number, "x" * 150)

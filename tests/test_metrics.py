@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from programs import environment
 from triosspi import ConfigurationError
 from triosspi.security.identity import Traffic
-from triosspi.service import metrics as module
 from triosspi.service import sessions
-from triosspi.service.metrics import (
+from triosspi.service.observe import metrics as module
+from triosspi.service.observe.metrics import (
     DROP_CAUSES,
     HANDSHAKE_OUTCOMES,
     MECHANISMS,
@@ -168,7 +168,7 @@ def test_a_worker_that_would_count_where_nobody_looks_is_refused() -> None:
 WORKER = """
 import sys
 from triosspi.security.identity import Traffic
-from triosspi.service.metrics import Metrics
+from triosspi.service.observe.metrics import Metrics
 metrics = Metrics(worker=True)
 print("made", flush=True)
 for line in sys.stdin:
@@ -357,7 +357,7 @@ def test_the_directory_is_the_servers_own_and_goes_with_it(tmp_path: Path, monke
 
 
 def test_where_somebody_else_has_set_the_directory_one_process_shows_what_is_in_it(tmp_path: Path) -> None:
-    code = "from triosspi.service.metrics import Metrics\nm = Metrics()\nm.accepted()\nprint(m.exposition().decode())"
+    code = "from triosspi.service.observe.metrics import Metrics\nm = Metrics()\nm.accepted()\nprint(m.exposition().decode())"
     for number in (1, 2):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -369,7 +369,7 @@ def test_where_somebody_else_has_set_the_directory_one_process_shows_what_is_in_
 
 
 def test_a_directory_that_is_missing_is_a_configuration_error(tmp_path: Path) -> None:
-    code = "from triosspi.service.metrics import Metrics\ntry: Metrics()\nexcept ValueError as exc: print(exc)"
+    code = "from triosspi.service.observe.metrics import Metrics\ntry: Metrics()\nexcept ValueError as exc: print(exc)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

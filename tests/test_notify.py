@@ -15,7 +15,7 @@ import pytest
 import trio
 import trio.testing
 
-from triosspi.service.notify import VARIABLES, Notifier
+from triosspi.service.observe.notify import VARIABLES, Notifier
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="systemd is Linux's")
 

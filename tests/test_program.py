@@ -16,7 +16,7 @@ import trio
 from programs import running
 from triosspi import ConfigurationError, Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
-from triosspi.service.configuration import Sources
+from triosspi.service.config.configuration import Sources
 from triosspi.service.demo import DemoAccount
 from triosspi.service.program import Program
 

@@ -23,7 +23,7 @@ import trio.testing
 from harness import ScriptedStream, make_acceptor, random_pieces
 from peers.requirements import require
 from triosspi import RemoteProtocolError, SSPIChannel
-from triosspi.service.proxy_protocol import (
+from triosspi.service.network.proxy_protocol import (
     HeaderReader,
     ProxyError,
     ProxyHeader,

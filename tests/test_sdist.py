@@ -78,7 +78,7 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
         "src/triosspi/__init__.py",
         "src/triosspi/_framing.pyi",
         "src/triosspi/py.typed",
-        "src/triosspi/service/example.toml",
+        "src/triosspi/service/config/example.toml",
         "tests/framing_oracle.py",
         "tests/peers/kerberos/acceptor.c",
         "tests/peers/kerberos/initiator.c",

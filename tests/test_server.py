@@ -19,12 +19,12 @@ from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFor
 from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
 from triosspi.service.apps import Greet, echo
+from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Settings, Workers
 from triosspi.service.lifecycle import shutting_down
-from triosspi.service.listening import close_listeners, open_listeners
-from triosspi.service.notify import Notifier
+from triosspi.service.network.listening import close_listeners, open_listeners
+from triosspi.service.observe.notify import Notifier
+from triosspi.service.observe.telemetry import SessionEnd
 from triosspi.service.server import FILES_INTERVAL, Loaded, Server
-from triosspi.service.settings import Limits, Listen, Reload, Serve, Settings, Workers
-from triosspi.service.telemetry import SessionEnd
 
 LOCAL = "127.0.0.1"
 

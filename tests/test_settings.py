@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from triosspi import ConfigurationError
-from triosspi.service import cores
-from triosspi.service.admission import MaxStartups
-from triosspi.service.options import OptionError, Section, options_of
-from triosspi.service.settings import (
+from triosspi.service.config import cores
+from triosspi.service.config.options import OptionError, Section, options_of
+from triosspi.service.config.settings import (
     SECTIONS,
     Accept,
     Limits,
@@ -28,6 +27,7 @@ from triosspi.service.settings import (
     all_options,
     only_by_restart,
 )
+from triosspi.service.network.admission import MaxStartups
 
 OPTIONS = all_options()
 by_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)

@@ -20,9 +20,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from test_metrics import PROMTOOL
 from triosspi import ConfigurationError
-from triosspi.service import status
-from triosspi.service.metrics import CONTENT_TYPE, Metrics
-from triosspi.service.status import Health, StatusServer
+from triosspi.service.observe import status
+from triosspi.service.observe.metrics import CONTENT_TYPE, Metrics
+from triosspi.service.observe.status import Health, StatusServer
 
 PATIENCE = 30.0
 LOCAL = ("127.0.0.1", 0)

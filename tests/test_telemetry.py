@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from triosspi.security.identity import PAC, ContextFlag, PeerIdentity, Traffic
-from triosspi.service import logs, telemetry
-from triosspi.service.metrics import DROP_CAUSES, SESSION_OUTCOMES, Metrics
-from triosspi.service.telemetry import SUMMARY_INTERVAL, SessionEnd, Telemetry
+from triosspi.service.observe import logs, telemetry
+from triosspi.service.observe.metrics import DROP_CAUSES, SESSION_OUTCOMES, Metrics
+from triosspi.service.observe.telemetry import SUMMARY_INTERVAL, SessionEnd, Telemetry
 
 SOURCE = "192.0.2.1:50000"
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)

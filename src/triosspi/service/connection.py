@@ -17,13 +17,13 @@ from .._tcp import Handler, TCPChannel, connection_end, is_ordinary_end
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
 from ..security.identity import PeerIdentity
-from .admission import Admission, Dropped, Entry
+from .config.settings import Limits
 from .lifecycle import shutting_down
-from .listening import source_of, tune
-from .proxy_protocol import ProxyError, ProxyProtocol
+from .network.admission import Admission, Dropped, Entry
+from .network.listening import source_of, tune
+from .network.proxy_protocol import ProxyError, ProxyProtocol
+from .observe.telemetry import SessionEnd, Telemetry
 from .sessions import LiveSession, Outcome, Sessions
-from .settings import Limits
-from .telemetry import SessionEnd, Telemetry
 
 log = logging.getLogger("triosspi.server")
 

@@ -19,22 +19,22 @@ from .._errors import ConfigurationError
 from .._session import Tracer
 from .._tcp import Handler, TCPChannel, format_address
 from .apps import Greet
-from .assembly import choose_app, make_acceptor, make_impersonation
-from .configuration import Configuration, Sources
+from .config.assembly import choose_app, make_acceptor, make_impersonation
+from .config.configuration import Configuration, Sources
+from .config.options import OptionError
+from .config.settings import Limits, Settings
 from .demo import DemoAccount
-from .listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
-from .logs import configure as configure_logs
-from .metrics import Metrics, WorkerMetrics
-from .notify import Notifier
-from .options import OptionError
-from .processes import Timing
+from .network.listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
+from .observe.logs import configure as configure_logs
+from .observe.metrics import Metrics, WorkerMetrics
+from .observe.notify import Notifier
+from .observe.status import Health, StatusServer
+from .observe.telemetry import Telemetry
 from .server import BEAT, Loaded, Server
-from .settings import Limits, Settings
-from .status import Health, StatusServer
-from .supervisor import Supervisor
-from .telemetry import Telemetry
 from .transcript import Transcript
-from .worker_link import WorkerLink
+from .workers.processes import Timing
+from .workers.supervisor import Supervisor
+from .workers.worker_link import WorkerLink
 
 log = logging.getLogger("triosspi.server")
 

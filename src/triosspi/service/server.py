@@ -30,17 +30,17 @@ from .._session import Tracer
 from .._tcp import Handler, accept_forever
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
-from .admission import Admission
+from .config.settings import Settings, only_by_restart
 from .connection import Service
 from .lifecycle import shutting_down
-from .listening import remove_socket_files
-from .logs import configure as configure_logs
-from .notify import Notifier
-from .proxy_protocol import ProxyProtocol
+from .network.admission import Admission
+from .network.listening import remove_socket_files
+from .network.proxy_protocol import ProxyProtocol
+from .observe.logs import configure as configure_logs
+from .observe.notify import Notifier
+from .observe.telemetry import Telemetry
 from .sessions import Sessions
-from .settings import Settings, only_by_restart
-from .telemetry import Telemetry
-from .worker_link import WorkerLink
+from .workers.worker_link import WorkerLink
 
 log = logging.getLogger("triosspi.server")
 

@@ -19,7 +19,7 @@ import trio
 
 from .._tcp import TCPChannel
 from ..security.identity import Traffic
-from .settings import Limits
+from .config.settings import Limits
 
 log = logging.getLogger("triosspi.server")
 

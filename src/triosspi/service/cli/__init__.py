@@ -16,7 +16,7 @@ from ... import __version__
 from ..._errors import SSPIError
 from ...security.native import available as sealing_is_native
 from ..client import ConnectError
-from ..configuration import ConfigurationErrors
+from ..config.configuration import ConfigurationErrors
 from . import accounts, config, connect, serve
 
 

@@ -24,6 +24,6 @@ def message_bytes(message: str) -> bytes:
 def log_to_stderr(level: str = "info", form: str = "console") -> None:
     """Show the log, from a level on, on standard error; see `configure`."""
     # Not at the top: structlog takes longer to import than most commands to run.
-    from ..logs import configure  # noqa: PLC0415
+    from ..observe.logs import configure  # noqa: PLC0415
 
     configure(level, form)

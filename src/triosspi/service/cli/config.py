@@ -14,10 +14,10 @@ from click.core import ParameterSource
 
 from ..._errors import ConfigurationError
 from ...security.accounts import AccountTable
-from ..assembly import choose_app, make_acceptor, make_account_map, needs_demo_account
-from ..configuration import CONFIG_VARIABLE, Configuration, ConfigurationErrors, Sources
-from ..options import Option, OptionError
-from ..settings import SECTIONS, all_options
+from ..config.assembly import choose_app, make_acceptor, make_account_map, needs_demo_account
+from ..config.configuration import CONFIG_VARIABLE, Configuration, ConfigurationErrors, Sources
+from ..config.options import Option, OptionError
+from ..config.settings import SECTIONS, all_options
 from .common import log_to_stderr
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -196,4 +196,4 @@ def config_example() -> None:
 
 def example() -> str:
     """The text of example.toml."""
-    return resources.files("triosspi.service").joinpath("example.toml").read_text(encoding="utf-8")
+    return resources.files("triosspi.service.config").joinpath("example.toml").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from ..._errors import ConfigurationError
 from ..._wire import WireFormat
 from ...security.credentials import Initiator
 from ..client import ConnectOptions, parse_address, run_client
-from ..settings import DEFAULT_PORT
+from ..config.settings import DEFAULT_PORT
 from ..transcript import harmless
 from .common import MECHANISMS, WIRES, message_bytes
 from .passwords import InputLines, decode_password, prompt_password, read_password_stdin, require_terminal

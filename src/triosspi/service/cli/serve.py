@@ -13,12 +13,12 @@ import click
 import trio
 
 from ...security.spnego_compat import allow_token_logging
-from ..assembly import app_name, choose_app, needs_demo_account
+from ..config.assembly import app_name, choose_app, needs_demo_account
+from ..config.options import OptionError
+from ..config.settings import Serve
 from ..demo import DemoAccount
-from ..listening import where
-from ..options import OptionError
+from ..network.listening import where
 from ..program import Program
-from ..settings import Serve
 from ..transcript import Transcript
 from .common import log_to_stderr
 from .config import SettingsCommand, explained, load_configuration, with_settings

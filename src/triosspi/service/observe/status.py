@@ -25,10 +25,10 @@ from typing import Final, Self
 
 import trio
 
-from .._errors import ConfigurationError
-from .._tcp import format_address
+from ..._errors import ConfigurationError
+from ..._tcp import format_address
+from ..reasons import reason
 from .metrics import CONTENT_TYPE
-from .reasons import reason
 
 log = logging.getLogger("triosspi.status")
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from .._errors import ConfigurationError, printable
-from .reasons import reason
+from ..._errors import ConfigurationError, printable
+from ..reasons import reason
 
 #: What a socket's family is compared with; None where there are no unix sockets.
 UNIX: Final = getattr(socket, "AF_UNIX", None)

@@ -10,8 +10,8 @@ from typing import Final
 
 import trio
 
-from .._errors import ConfigurationError, printable
-from .reasons import reason
+from ..._errors import ConfigurationError, printable
+from ..reasons import reason
 from .unix_sockets import UNIX
 
 # sd_listen_fds(3): SD_LISTEN_FDS_START, and all variables of the protocol.

@@ -10,9 +10,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from .._errors import ConfigurationError
-from .addresses import IPNetwork
-from .admission import MaxStartups
+from ..._errors import ConfigurationError
+from ..network.addresses import IPNetwork
+from ..network.admission import MaxStartups
 from .cores import usable_cores
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol, TypeAlias
 
-from .._errors import ConfigurationError, printable
+from ..._errors import ConfigurationError, printable
 from .addresses import IPAddress, IPNetwork, canonical_networks, is_in, unmapped
 from .penalties import Failure, Penalties, PenaltyPolicy
 

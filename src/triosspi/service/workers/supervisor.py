@@ -29,10 +29,10 @@ from typing import Final, Protocol
 
 import trio
 
-from .._errors import ConfigurationError
-from .notify import Notifier
+from ..._errors import ConfigurationError
+from ..observe.notify import Notifier
+from ..reasons import reason
 from .processes import COMMAND, Process, Timing, WorkerProcess, spawn
-from .reasons import reason
 from .worker_link import Plan
 
 log = logging.getLogger("triosspi.server")

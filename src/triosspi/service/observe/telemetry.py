@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Concatenate, Final, ParamSpec, Protocol
 
-from ..security.identity import ContextFlag, PeerIdentity, Traffic
+from ...security.identity import ContextFlag, PeerIdentity, Traffic
 from .logs import get_logger
 from .metrics import DROP_CAUSES, Metrics
 

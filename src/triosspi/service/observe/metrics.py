@@ -37,9 +37,9 @@ from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from .. import __version__
-from .._errors import ConfigurationError
-from ..security.identity import Traffic
+from ... import __version__
+from ..._errors import ConfigurationError
+from ...security.identity import Traffic
 
 log = logging.getLogger("triosspi.metrics")
 

@@ -17,13 +17,13 @@ from typing import Final, Protocol
 
 import trio
 
-from .notify import VARIABLES
+from ..observe.notify import VARIABLES
 from .worker_link import HEARTBEAT, LONGEST_REPORT, Order, Report, State
 
 log = logging.getLogger("triosspi.server")
 
 #: What starts a worker. -P: nothing is imported from the working directory just because it lies there.
-COMMAND: Final = (sys.executable, "-P", "-m", "triosspi.service.worker")
+COMMAND: Final = (sys.executable, "-P", "-m", "triosspi.service.workers.worker")
 # systemd's sockets are the supervisor's alone, as is its ear.
 _NOT_FOR_WORKERS: Final = {*VARIABLES, "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"}
 # Seconds in which a worker that hangs may write down where.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from .._errors import ConfigurationError
+from ..._errors import ConfigurationError
 from .options import Option, OptionError
 from .settings import SECTIONS, Settings, all_options
 

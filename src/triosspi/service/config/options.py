@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Union, get_args, ge
 
 import msgspec
 
-from .._errors import ConfigurationError
+from ..._errors import ConfigurationError
 from . import kinds
 from .kinds import Kind
 

@@ -31,7 +31,7 @@ from typing import Final
 
 import trio
 
-from .._errors import RemoteProtocolError
+from ..._errors import RemoteProtocolError
 from .addresses import IPAddress, IPNetwork, canonical_networks, format_peer, is_in, unmapped
 
 _V1: Final = b"PROXY "

@@ -21,11 +21,11 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from .._errors import ConfigurationError
-from .._tcp import format_address
+from ..._errors import ConfigurationError
+from ..._tcp import format_address
+from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
 from .descriptors import inherited_listeners
-from .reasons import reason
 from .unix_sockets import UNIX, SocketFile, open_unix_socket
 
 #: All interfaces, as the sample's INADDR_ANY, and IPv6 too.

@@ -34,8 +34,8 @@ import structlog
 from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict
 
-from .._errors import ConfigurationError, printable
-from .transcript import harmless
+from ..._errors import ConfigurationError, printable
+from ..transcript import harmless
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 FORMATS: Final = ("auto", "console", "json")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from .._tcp import Handler
-from .._wire import SAMPLE_RECORD_SIZE, WireFormat
-from ..impersonation import AccountMap, Impersonation
-from ..security.accounts import AccountFile, AccountSource
-from ..security.credentials import Acceptor, Mechanism
-from ..security.sealers import NTLM_TRAILER_SIZE
-from .apps import SAMPLE_MESSAGE, Greet, echo, load_app
+from ..._tcp import Handler
+from ..._wire import SAMPLE_RECORD_SIZE, WireFormat
+from ...impersonation import AccountMap, Impersonation
+from ...security.accounts import AccountFile, AccountSource
+from ...security.credentials import Acceptor, Mechanism
+from ...security.sealers import NTLM_TRAILER_SIZE
+from ..apps import SAMPLE_MESSAGE, Greet, echo, load_app
 from .options import OptionError
 from .settings import Accept, Impersonate, Serve, Settings
 

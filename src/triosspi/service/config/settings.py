@@ -16,11 +16,11 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 from msgspec import Meta, field
 
-from .._wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
-from ..impersonation import DEFAULT_MIN_UID
+from ..._wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
+from ...impersonation import DEFAULT_MIN_UID
+from ..network.addresses import IPNetwork
+from ..network.admission import MaxStartups
 from . import kinds
-from .addresses import IPNetwork
-from .admission import MaxStartups
 from .options import About, Option, OptionError, Section, options_of
 
 _DAY: Final = 86400.0

@@ -1,6 +1,6 @@
 """A worker process of ``triosspi serve --workers``.
 
-    python -P -m triosspi.service.worker LINK PLAN
+    python -P -m triosspi.service.workers.worker LINK PLAN
 
 LINK and PLAN are descriptors that the supervisor has passed on: a stream socket, and a file with a `Plan`.
 """
@@ -17,8 +17,8 @@ from contextlib import suppress
 
 import trio
 
-from .._errors import ConfigurationError
-from .program import Program
+from ..._errors import ConfigurationError
+from ..program import Program
 from .worker_link import Plan, WorkerLink, take_descriptors
 
 log = logging.getLogger("triosspi.server")

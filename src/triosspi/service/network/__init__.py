@@ -1,0 +1,1 @@
+"""Where a server listens, who may connect, and who a proxy says it is."""

@@ -1,0 +1,1 @@
+"""What a server tells: logs, audit records, metrics, health, and the service manager."""

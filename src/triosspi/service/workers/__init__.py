@@ -1,0 +1,1 @@
+"""Several processes: the supervisor, and the workers that it looks after."""
