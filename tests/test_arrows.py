@@ -24,17 +24,29 @@ ABOVE: dict[str, set[str]] = {
     "security": {"_errors", "_sealing", "security"},
     "_session": {"_framing", "_errors", "_wire", "security"},
     "_channel": {"_framing", "_errors", "_wire", "security", "_session"},
-    "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
+    "_listener": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
+    "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_listener"},
     "_thread_ids": set(),
     "impersonation": {"_errors", "security", "_thread_ids", "impersonation"},
     "service": {
-        *("_framing", "_errors", "_wire", "security", "_session", "_channel", "_tcp", "impersonation", "service"),
+        *(
+            "_framing",
+            "_errors",
+            "_wire",
+            "security",
+            "_session",
+            "_channel",
+            "_listener",
+            "_tcp",
+            "impersonation",
+            "service",
+        ),
         "",
     },
-    "__init__": {"_errors", "_wire", "security", "_session", "_channel", "_tcp", "impersonation"},
+    "__init__": {"_errors", "_wire", "security", "_session", "_channel", "_listener", "_tcp", "impersonation"},
     "__main__": {"service"},
 }
-KNOW_TRIO = {"_channel", "_tcp", "impersonation", "service"}
+KNOW_TRIO = {"_channel", "_listener", "_tcp", "impersonation", "service"}
 # Everything that waits for the outside.
 OUTSIDE = {"trio", "asyncio", "anyio", "socket", "ssl", "select", "selectors", "subprocess"}
 

@@ -6,7 +6,6 @@ See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`.
 from ._channel import Impersonator as Impersonator
 from ._channel import RunBlocking as RunBlocking
 from ._channel import SSPIChannel as SSPIChannel
-from ._channel import SSPIListener as SSPIListener
 from ._errors import AuthenticationError as AuthenticationError
 from ._errors import ConfigurationError as ConfigurationError
 from ._errors import FrameTooLongError as FrameTooLongError
@@ -17,6 +16,7 @@ from ._errors import RemoteProtocolError as RemoteProtocolError
 from ._errors import SSPIError as SSPIError
 from ._errors import TruncatedError as TruncatedError
 from ._errors import UnsealError as UnsealError
+from ._listener import SSPIListener as SSPIListener
 from ._session import Tracer as Tracer
 from ._tcp import ServerStatistics as ServerStatistics
 from ._tcp import open_sspi_over_tcp_channel as open_sspi_over_tcp_channel

@@ -12,8 +12,9 @@ from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import trio
 
-from ._channel import Impersonator, RunBlocking, SSPIChannel, SSPIListener, run_in_thread
+from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
 from ._errors import ImpersonationError, TruncatedError
+from ._listener import SSPIListener
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .security.credentials import Acceptor, Initiator

@@ -1,0 +1,68 @@
+"""`SSPIListener`: wraps a listener, so that its connections are channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic
+
+import trio
+
+from ._channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_thread
+from ._session import Tracer
+from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
+from .security.credentials import Acceptor
+
+
+class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
+    """Wraps a listener, so that its connections are channels.
+
+    `accept` only wraps: the handshake is left to whoever uses the channel, so that a client that
+    dawdles holds up nobody else.
+
+    Args:
+      transport_listener: the listener underneath; it is owned and closed.
+      acceptor: what clients authenticate with.
+      wire: see `SSPIChannel`.
+      max_message_size: see `SSPIChannel`.
+      run_blocking: see `SSPIChannel`.
+      make_tracer: makes the tracer of each connection.
+      impersonation: see `SSPIChannel`.
+    """
+
+    def __init__(
+        self,
+        transport_listener: trio.abc.Listener[StreamT],
+        acceptor: Acceptor,
+        *,
+        wire: WireFormat = WireFormat.FRAMED,
+        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
+        run_blocking: RunBlocking = run_in_thread,
+        make_tracer: Callable[[], Tracer] | None = None,
+        impersonation: Impersonator | None = None,
+    ) -> None:
+        # Not first when somebody connects.
+        check_max_message_size(max_message_size)
+        self.transport_listener = transport_listener
+        self._acceptor = acceptor
+        self._wire = wire
+        self._max_message_size = max_message_size
+        self._run_blocking = run_blocking
+        self._make_tracer = make_tracer
+        self._impersonation = impersonation
+
+    async def accept(self) -> SSPIChannel[StreamT]:
+        """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
+        transport_stream = await self.transport_listener.accept()
+        return SSPIChannel(
+            transport_stream,
+            self._acceptor,
+            wire=self._wire,
+            max_message_size=self._max_message_size,
+            run_blocking=self._run_blocking,
+            tracer=None if self._make_tracer is None else self._make_tracer(),
+            impersonation=self._impersonation,
+        )
+
+    async def aclose(self) -> None:
+        """Close the listener underneath."""
+        await self.transport_listener.aclose()
