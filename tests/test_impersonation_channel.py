@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib.util
 import logging
 import os
@@ -52,6 +53,13 @@ from triosspi.impersonation import windows
 from triosspi.service import account_editor
 
 Function = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def no_garbage_of_others() -> None:
+    """Credentials of earlier tests, if the collector came to them while a thread is somebody who cannot read their files,
+    would complain here."""
+    gc.collect()
 
 
 class Recorder:

@@ -179,16 +179,16 @@ async def test_a_machine_without_ipv6_is_served_on_ipv4_unless_ipv6_was_asked_fo
 
 
 async def test_a_port_in_use_is_an_error_and_what_was_bound_already_is_free_again(nothing_left_open: None) -> None:
-    # Two hosts, and only the second one's port is taken.
+    # Two hosts, and only the second one's port is taken. (On 127.0.0.1 it may be a client's of another test.)
     with socket.socket() as taken, socket.socket() as again:
-        taken.bind(("127.0.0.2", 0))
+        taken.bind(("127.77.0.2", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigurationError) as caught:
-            await open_listeners(Where(hosts=(LOCAL, "127.0.0.2"), port=port), {})
-        again.bind((LOCAL, port))
+            await open_listeners(Where(hosts=("127.77.0.1", "127.77.0.2"), port=port), {})
+        again.bind(("127.77.0.1", port))
     assert str(caught.value) == (
-        f"cannot listen on 127.0.0.2:{port}: Address already in use; choose others with --host and --port"
+        f"cannot listen on 127.77.0.2:{port}: Address already in use; choose others with --host and --port"
     )
 
 

@@ -30,7 +30,9 @@
 #
 # What is not changed, since the process shares it: the working directory, the umask, open files, the memory. This is no
 # sandbox. And what a thread inherits is inherited from the moment: one that the function starts is the account
-# for ever, with the way back in it.
+# for ever, with the way back in it. Nor is the garbage collector: it may run on this thread as on any other, and what it
+# finalises then, whoever's it was, is finalised as the account. (Turned off meanwhile, a function that hangs would have
+# the whole process grow.)
 
 from __future__ import annotations
 
