@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,6 +96,8 @@ class Program:
         """Serve in this process; see `Server.run`."""
         settings = loaded.settings
         handler = choose_app(settings)
+        # systemd has its sockets open too, and gives what is queued to whom it starts next.
+        sole = "LISTEN_FDS" not in os.environ
         listeners = await open_listeners(settings.listen)
         try:
             health = Health()
@@ -112,6 +114,7 @@ class Program:
                     telemetry=telemetry,
                     notifier=Notifier.from_environment(),
                     make_tracer=make_tracer,
+                    sole=sole,
                     once=once,
                     reload=self.load,
                 )
@@ -120,7 +123,9 @@ class Program:
             with trio.CancelScope(shield=True):
                 await close_listeners(listeners)
 
-    async def serve_as_worker(self, listeners: list[trio.SocketListener], link: WorkerLink) -> None:
+    async def serve_as_worker(
+        self, listeners: Sequence[trio.abc.Listener[trio.SocketStream]], link: WorkerLink
+    ) -> None:
         """Serve in this process as one of a supervisor's workers."""
         loaded = self.load()
         configure_logs(loaded.settings.log.log_level, loaded.settings.log.log_format)

@@ -17,7 +17,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -34,7 +34,7 @@ from .config.settings import Settings, only_by_restart
 from .connection import Service
 from .lifecycle import shutting_down
 from .network.admission import Admission
-from .network.listening import remove_socket_files
+from .network.listening import queued, remove_socket_files
 from .network.proxy_protocol import ProxyProtocol
 from .observe.logs import configure as configure_logs
 from .observe.notify import Notifier
@@ -81,6 +81,7 @@ class Server:
       telemetry: is told of everything.
       notifier: tells the service manager.
       make_tracer: makes the tracer of each connection.
+      sole: nobody else has these listeners: who is queued on them when the server stops is to be told so here.
       once: stop after the first connection.
       reload: reads the configuration again, in a thread; None where that makes no sense.
       link: tells the supervisor, where this process is a worker.
@@ -89,12 +90,13 @@ class Server:
     def __init__(
         self,
         loaded: Loaded,
-        listeners: list[trio.SocketListener],
+        listeners: Sequence[trio.abc.Listener[trio.SocketStream]],
         *,
         handler: Handler,
         telemetry: Telemetry,
         notifier: Notifier,
         make_tracer: Callable[[], Tracer] | None = None,
+        sole: bool = False,
         once: bool = False,
         reload: Callable[[], Loaded] | None = None,
         link: WorkerLink | None = None,
@@ -103,6 +105,7 @@ class Server:
         self._listeners = listeners
         self._telemetry = telemetry
         self._notifier = notifier
+        self._sole = sole
         self._once = once
         self._load = reload
         self._link = link
@@ -147,6 +150,7 @@ class Server:
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
+                    self._link.count_connections(self._count_connections)
                     self._watches.start_soon(self._link.run)
                 async with trio.open_nursery() as self._connections:
                     self._connections.start_soon(self._accept, started)
@@ -186,6 +190,9 @@ class Server:
             self._telemetry.loop_latency(trio.current_time() - due)
             admission = self._service.admission
             self._telemetry.connections(admission.pending, admission.established)
+
+    def _count_connections(self) -> int:
+        return self._service.admission.pending + self._service.admission.established
 
     async def _watch_files(self) -> None:
         known = await trio.to_thread.run_sync(_state_of, self._loaded.files)
@@ -257,9 +264,19 @@ class Server:
             self._link.draining()
         # While they are open: who starts next finds either a socket that answers, or none.
         remove_socket_files(self._listeners)
-        self._accepting.cancel()
         self._service.stop()
+        if self._sole:
+            self._empty_queues()
+        self._accepting.cancel()
         self._watches.start_soon(self._cancel_after_grace)
+
+    def _empty_queues(self) -> None:
+        # The kernel resets what is queued on a listening socket when its last descriptor is closed, and whoever is there
+        # has a connection, and has sent his first token.
+        for listener in self._listeners:
+            if isinstance(listener, trio.SocketListener):
+                for stream in queued(listener):
+                    self._connections.start_soon(self._service.serve, stream)
 
     async def _cancel_after_grace(self) -> None:
         grace = self._loaded.settings.workers.grace

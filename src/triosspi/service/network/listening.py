@@ -12,7 +12,7 @@ import errno
 import math
 import os
 import socket
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -45,7 +45,7 @@ _KEEPALIVE_IDLE: Final[int | None] = getattr(socket, "TCP_KEEPIDLE", getattr(soc
 _KEEPALIVE_INTERVAL: Final[int | None] = getattr(socket, "TCP_KEEPINTVL", None)
 _KEEPALIVE_COUNT: Final[int | None] = getattr(socket, "TCP_KEEPCNT", None)
 
-_FILES: Final[WeakKeyDictionary[trio.SocketListener, SocketFile]] = WeakKeyDictionary()
+_FILES: Final[WeakKeyDictionary[trio.abc.Listener[trio.SocketStream], SocketFile]] = WeakKeyDictionary()
 
 
 class ListenSettings(Protocol):
@@ -116,11 +116,24 @@ async def close_listeners(listeners: Iterable[trio.SocketListener]) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def remove_socket_files(listeners: Iterable[trio.SocketListener]) -> None:
+def remove_socket_files(listeners: Iterable[trio.abc.Listener[trio.SocketStream]]) -> None:
     """Remove the files of unix sockets that this process has made, if they are still the same files."""
     for listener in listeners:
         if (file := _FILES.pop(listener, None)) is not None:
             file.remove()
+
+
+def queued(listener: trio.SocketListener) -> Iterator[trio.SocketStream]:
+    """The connections that wait to be accepted, now."""
+    with socket.fromfd(listener.socket.fileno(), listener.socket.family, socket.SOCK_STREAM) as sock:
+        sock.setblocking(False)
+        while True:
+            try:
+                connection, _ = sock.accept()
+            except OSError:
+                # There are no more; or none that is of any use.
+                return
+            yield trio.SocketStream(trio.socket.from_stdlib_socket(connection))
 
 
 def where(listener: trio.SocketListener) -> str:

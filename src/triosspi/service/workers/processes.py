@@ -74,7 +74,7 @@ class Process(Protocol):
         """Nothing, if it has been reaped."""
 
 
-async def spawn(command: Sequence[str], link: int, plan: int, listeners: Sequence[int]) -> Process:
+async def spawn(command: Sequence[str], link: int, plan: int, others: Sequence[int]) -> Process:
     """Start a fresh interpreter that has these descriptors, under the same numbers, and no others.
 
     Raises:
@@ -83,7 +83,7 @@ async def spawn(command: Sequence[str], link: int, plan: int, listeners: Sequenc
     return await trio.lowlevel.open_process(
         [*command, str(link), str(plan)],
         stdin=subprocess.DEVNULL,
-        pass_fds=(link, plan, *listeners),
+        pass_fds=(link, plan, *others),
         env={name: value for name, value in os.environ.items() if name not in _NOT_FOR_WORKERS},
         # A terminal's Ctrl-C is for the supervisor, who tells the workers in its own time; and Ctrl-Z stops
         # the supervisor and not the service.
@@ -240,7 +240,8 @@ class WorkerProcess:
             for event in (self.ended, self.settled, self.leaving, self._news):
                 event.set()
             expected = self.draining.is_set() and self._status == 0
-            log.log(logging.INFO if expected else logging.WARNING, "%s has ended: %s", self, self._end())
+            why = self._end() if self._failure is None else f"{self._end()}: {self._failure}"
+            log.log(logging.INFO if expected else logging.WARNING, "%s has ended: %s", self, why)
 
     def _end(self) -> str:
         if self._status is not None and self._status < 0:

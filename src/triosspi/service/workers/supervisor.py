@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final, Protocol
@@ -32,6 +34,7 @@ import trio
 from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
 from ..reasons import reason
+from .balance import Board
 from .processes import COMMAND, Process, Timing, WorkerProcess, spawn
 from .worker_link import Plan
 
@@ -91,7 +94,7 @@ class Supervisor:
           Where it raises `ConfigurationError`, that is logged, and all stays as it is.
       on_stop: called when it begins to stop, before the sockets are closed.
       on_end: called with the process number of each worker that has ended.
-      spawn: starts a worker; for tests.
+      spawn: starts a worker: see `spawn`, but for the command; for tests.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Supervisor:
         spawn: Spawn = _SPAWN,
     ) -> None:
         self._places = [list(place) for place in places]
+        self._board: Board | None = None
         self._service = service
         self._timing = timing if timing is not None else Timing()
         self._max_sessions = max_sessions
@@ -172,13 +176,28 @@ class Supervisor:
                     self._attending.cancel_scope.cancel()
         finally:
             self._close()
+            if self._board is not None:
+                self._board.close()
         if failure is not None:
             raise failure
+
+    @property
+    def _contested(self) -> list[int]:
+        """The sockets that are at more than one place."""
+        times = Counter(sock.fileno() for place in self._places for sock in place)
+        return [fd for fd, number in times.items() if number > 1]
 
     # Starting and replacing
 
     async def _serve(self, started: Callable[[], object] | None) -> None:
         """Start all, and keep all places filled, for ever."""
+        if not hasattr(os, "memfd_create"):
+            raise ConfigurationError("several workers need Linux: start with one")
+        if self._contested:
+            try:
+                self._board = Board.make(len(self._places))
+            except OSError as exc:
+                raise ConfigurationError(f"cannot start workers: {reason(exc)}") from None
         first = [await self._launch(number) for number in range(1, len(self._places) + 1)]
         for worker in first:
             await worker.settled.wait()
@@ -238,9 +257,12 @@ class Supervisor:
           ConfigurationError: the system does not let it start.
         """
         listeners = tuple(sock.fileno() for sock in self._places[number - 1])
+        board = None if self._board is None else self._board.fileno()
         plan = Plan(
             number=number,
             listeners=listeners,
+            contested=tuple(self._contested),
+            board=board,
             service=self._service,
             heartbeat=self._timing.heartbeat,
             max_sessions=self._max_sessions,
@@ -250,7 +272,9 @@ class Supervisor:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    process = await self._spawn(theirs.fileno(), file.fileno(), listeners)
+                    process = await self._spawn(
+                        theirs.fileno(), file.fileno(), listeners if board is None else (*listeners, board)
+                    )
             except BaseException:
                 ours.close()
                 raise
@@ -271,6 +295,8 @@ class Supervisor:
         finally:
             # By identity: the system may have given the number to the next already.
             self._workers.discard(worker)
+            if self._board is not None and not any(other.number == worker.number for other in self._workers):
+                self._board.set(worker.number, None)
             if self._on_end is not None:
                 self._on_end(worker.pid)
             self._tell_status()

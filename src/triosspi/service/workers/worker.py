@@ -19,6 +19,7 @@ import trio
 
 from ..._errors import ConfigurationError
 from ..program import Program
+from .balance import BalancedListener, Board, Share
 from .worker_link import Plan, WorkerLink, take_descriptors
 
 log = logging.getLogger("triosspi.server")
@@ -29,7 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     link_fd, plan_fd = map(int, arguments)
     plan = Plan.take(plan_fd)
     (sock,) = take_descriptors([link_fd])
-    link = WorkerLink(sock, heartbeat=plan.heartbeat, max_sessions=plan.max_sessions, alarm=plan.alarm)
+    share = None if plan.board is None else Share(Board(plan.board), plan.number)
+    link = WorkerLink(
+        sock,
+        heartbeat=plan.heartbeat,
+        max_sessions=plan.max_sessions,
+        alarm=plan.alarm,
+        share=share,
+    )
     # Until the server takes them, signals end the process, and that quietly.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(RuntimeError, OSError, ValueError):
@@ -38,8 +46,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         program = pickle.loads(plan.service)  # noqa: S301 - the supervisor's word, by a descriptor of its own
         assert isinstance(program, Program)
-        listeners = [
+        listeners: list[trio.abc.Listener[trio.SocketStream]] = [
             trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+            if share is None or listener.fileno() not in plan.contested
+            else BalancedListener(listener, share)
             for listener in take_descriptors(plan.listeners)
         ]
         trio.run(program.serve_as_worker, listeners, link)

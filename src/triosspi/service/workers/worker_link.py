@@ -23,6 +23,8 @@ from typing import Annotated, BinaryIO, Final, NoReturn
 import msgspec
 import trio
 
+from .balance import Share
+
 #: Seconds between two heartbeats.
 HEARTBEAT: Final = 1.0
 #: Characters of a `Report.failure`, and bytes of a report's line.
@@ -81,6 +83,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
       number: of the worker's place, from 1, for people.
       listeners: descriptors of listening sockets.
+      contested: those of them that other workers accept from, too.
+      board: descriptor of the `Board` on which they agree about it; None: none is contested.
       service: what to serve, as the program that the supervisor starts understands it: a pickled `program.Program`.
           May be secret.
       heartbeat: seconds between two heartbeats.
@@ -90,6 +94,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     number: int
     listeners: tuple[int, ...]
+    contested: tuple[int, ...] = ()
+    board: int | None = None
     service: bytes
     heartbeat: float = HEARTBEAT
     max_sessions: int | None = None
@@ -134,13 +140,14 @@ class WorkerLink:
 
     What is told is told at once and never waited for. A server calls `ready` when it serves, `session_started`
     for each login, `draining` when it begins to stop, whyever, and `reloaded` when it has read its
-    configuration again or has refused to; and it runs `run` meanwhile.
+    configuration again or has refused to; and it runs `run` meanwhile. With `count_connections` it gives its number.
 
     Args:
       sock: the connected socket; belongs to this from now on.
       heartbeat: see `Plan`.
       max_sessions: see `Plan`.
       alarm: see `Plan`.
+      share: this worker's line on the board; None: no socket is contested.
 
     Attributes:
       on_parent_gone: called once, when the supervisor has died or wants the worker to go: finish what is
@@ -156,12 +163,14 @@ class WorkerLink:
         heartbeat: float = HEARTBEAT,
         max_sessions: int | None = None,
         alarm: float | None = None,
+        share: Share | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._heartbeat = heartbeat
         self._max_sessions = max_sessions
         self._alarm = alarm
+        self._share = share
         self._report = Report()
         self._unsent = b""
         self._leaving = False
@@ -177,6 +186,9 @@ class WorkerLink:
             while True:
                 if self._alarm is not None:
                     signal.setitimer(signal.ITIMER_REAL, self._alarm)
+                if self._share is not None and not self._leaving:
+                    # Not afterwards: another may be at this place.
+                    self._share.tell()
                 self._tell()
                 await trio.sleep(self._heartbeat)
 
@@ -191,6 +203,11 @@ class WorkerLink:
         self._report = msgspec.structs.replace(self._report, sessions=sessions)
         if sessions == self._max_sessions:
             self._tell()
+
+    def count_connections(self, count: Callable[[], int]) -> None:
+        """What tells how many connections there are now; for an even share of them."""
+        if self._share is not None:
+            self._share.count = count
 
     def draining(self) -> None:
         """It accepts no more clients, and will end."""

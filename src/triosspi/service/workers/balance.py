@@ -1,0 +1,172 @@
+"""Even shares for worker processes that accept from one socket."""
+
+# A connection to a shared socket wakes every worker that waits for one, and whichever runs first has it. That is good where
+# there is work: who is busy comes late, so connections go where there is time for them, and none waits for a worker that
+# hangs. Where there is no work it is bad: the kernel wakes them in the same order always, so the same one always wins (of 1,000
+# clients that came one by one, one of two workers got 730 to 940); sessions that last for a day are still there when there
+# is work, and the caps on connections hold for each worker. SO_REUSEPORT deals evenly, by a hash; but whoever was
+# dealt to a worker that is busy, dead or hanging waits for that one.
+#
+# So workers share, and tell each other how many connections they have: a number each, in memory that all have mapped. Who
+# has more than another gives the others a moment for a new one; and another, as long as he sees that they come and take. Who
+# does not come is busy, and is not waited for again for a while. Nobody waits for a lock or for a dead one, and a
+# number that is wrong costs a client a few milliseconds.
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+#: Seconds that others have to take a connection. Waking up and accepting takes an idle worker a tenth of that.
+MOMENT: Final = 0.001
+#: How many in a row they get while they do take some.
+MOMENTS: Final = 10
+#: Seconds in which those are not waited for who have not used their moment.
+PAUSE: Final = 0.05
+_SIZE: Final = 8
+#: Nobody is at this place, or nobody who accepts.
+_NOBODY: Final = 2**64 - 1
+
+
+class Board:
+    """How many connections each worker has.
+
+    Args:
+      fd: of a file that `make` has made; belongs to this from now on.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_inheritable(fd, False)
+        self._fd = fd
+        self._map = mmap.mmap(fd, 0)
+        # Eight bytes at their natural place are written in one piece.
+        self._numbers = memoryview(self._map).cast("Q")
+
+    @classmethod
+    def make(cls, places: int) -> Board:
+        """A new one, with nobody on it.
+
+        Raises:
+          OSError: there is no memory.
+        """
+        fd = os.memfd_create("triosspi-board")
+        try:
+            os.write(fd, _NOBODY.to_bytes(_SIZE, sys.byteorder) * places)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._fd
+
+    def get(self, place: int) -> int | None:
+        """How many connections the worker at a place has; None: there is nobody.
+
+        Args:
+          place: from 1.
+        """
+        number = self._numbers[place - 1]
+        return None if number == _NOBODY else number
+
+    def set(self, place: int, number: int | None) -> None:
+        """Say so."""
+        self._numbers[place - 1] = _NOBODY if number is None else number
+
+    def others(self, place: int) -> list[int]:
+        """The numbers of all but the worker at this place."""
+        return [n for index, n in enumerate(self._numbers, 1) if n != _NOBODY and index != place]
+
+    def close(self) -> None:
+        """Forget it, in this process. May be called twice."""
+        if not self._map.closed:
+            self._numbers.release()
+            self._map.close()
+            os.close(self._fd)
+
+
+class Share:
+    """A worker's own line on the board.
+
+    Args:
+      board: the board.
+      place: the worker's.
+
+    Attributes:
+      count: how many connections it has now; by default how many it has ever accepted.
+    """
+
+    def __init__(self, board: Board, place: int) -> None:
+        self._board = board
+        self._place = place
+        self._accepted = 0
+        self.count: Callable[[], int] = lambda: self._accepted
+
+    def tell(self) -> None:
+        """Write the number down."""
+        self._board.set(self._place, self.count())
+
+    def took_one(self) -> None:
+        """It has accepted a connection, which need not be counted yet."""
+        self._accepted += 1
+        self._board.set(self._place, self.count() + 1)
+
+    def others_if_more(self) -> list[int] | None:
+        """The others' numbers, if this worker has more than one of them."""
+        others = self._board.others(self._place)
+        return others if others and min(others) < self.count() else None
+
+
+class BalancedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts from a socket that others accept from, too, and lets those go first who have fewer connections.
+
+    Args:
+      sock: listens already; belongs to this from now on.
+      share: our own.
+    """
+
+    def __init__(self, sock: socket.socket, share: Share) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._share = share
+        self._wait_for_nobody_until = -math.inf
+
+    async def accept(self) -> trio.SocketStream:
+        """See `trio.SocketListener.accept` for details."""
+        while True:
+            if self._sock.fileno() < 0:
+                raise trio.ClosedResourceError
+            await trio.lowlevel.wait_readable(self._sock)
+            await self._let_others_go_first()
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                continue
+            self._share.took_one()
+            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    async def _let_others_go_first(self) -> None:
+        for _ in range(MOMENTS):
+            others = self._share.others_if_more()
+            if others is None or trio.current_time() < self._wait_for_nobody_until:
+                return
+            await trio.sleep(MOMENT)
+            if others == self._share.others_if_more():
+                break
+        # They did not come, or there is too much even for them.
+        self._wait_for_nobody_until = trio.current_time() + PAUSE
+
+    async def aclose(self) -> None:
+        """Close the socket, here."""
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+        await trio.lowlevel.checkpoint()
