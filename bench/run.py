@@ -25,8 +25,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
 
+import bench_backpressure
 import bench_connections
 import bench_echo
+import bench_siege
+import bench_workers
 from measure import machine
 from report import Outcome, progress_bar
 
@@ -34,8 +37,17 @@ BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
 PACKAGES = ("triosspi", "trio", "pyspnego", "gssapi", "cryptography")
 #: In this order. Those that are not modules below are scripts with a text to show.
-NAMES = ("framing", "sealing", "handshake", "echo", "connections", "crowd", "login_threads", "impersonation", "workers")
-MODULES = {"echo": bench_echo, "connections": bench_connections}
+NAMES = (
+    *("framing", "sealing", "handshake", "echo", "connections", "crowd", "login_threads", "impersonation"),
+    *("workers", "siege", "backpressure"),
+)
+MODULES = {
+    "echo": bench_echo,
+    "connections": bench_connections,
+    "workers": bench_workers,
+    "siege": bench_siege,
+    "backpressure": bench_backpressure,
+}
 FIGURE = re.compile(r"([\d.,]+) \[ *(\d+)%\]")
 
 
