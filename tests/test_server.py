@@ -18,9 +18,9 @@ from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator
 from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
 from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
+from triosspi.service import shutting_down
 from triosspi.service.apps import Greet, echo
 from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Settings, Workers
-from triosspi.service.lifecycle import shutting_down
 from triosspi.service.network.listening import close_listeners, open_listeners
 from triosspi.service.observe.notify import Notifier
 from triosspi.service.observe.telemetry import SessionEnd

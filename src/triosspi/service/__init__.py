@@ -1,1 +1,3 @@
-"""What a deployment adds to the library: the command line, and the applications it can serve."""
+"""The server program: what a deployment needs around the library. An application imports `shutting_down` from here."""
+
+from .lifecycle import shutting_down as shutting_down
