@@ -56,6 +56,23 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
+_turn: Final[trio.lowlevel.RunVar[trio.Lock]] = trio.lowlevel.RunVar("triosspi login turn")
+
+
+def _login_turn() -> trio.Lock:
+    """One step of one login for each turn of the event loop.
+
+    A step takes a quarter of a millisecond. A hundred that arrive together would all be taken in one turn,
+    and whoever is logged in already would wait for all of them.
+    """
+    try:
+        return _turn.get()
+    except LookupError:
+        lock = trio.Lock()
+        _turn.set(lock)
+        return lock
+
+
 class RunBlocking(Protocol):
     """Runs a sync function where it may block; `run_in_thread` is one."""
 
@@ -302,6 +319,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         while True:
             if session.may_block:
                 data = await self._run_blocking(session.step, token)
+            elif session.accepts:
+                async with _login_turn():
+                    data = session.step(token)
             else:
                 data = session.step(token)
             if data:
