@@ -28,7 +28,6 @@ from triosspi import Acceptor, AccountFile, Initiator, SSPIChannel, open_sspi_ov
 from triosspi._session import Session
 from triosspi.service import account_editor
 from triosspi.service.apps import echo
-from triosspi.service.server import bound_address
 
 PASSWORD = "correct horse battery staple"
 ESTABLISHED = 100
@@ -41,7 +40,7 @@ async def serve(mode, accounts, keytab):
     acceptor = Acceptor(accounts=AccountFile(accounts), keytab=keytab or None)
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(serve_sspi_over_tcp, echo, 0, acceptor, host="127.0.0.1"))
-        print(bound_address(listeners[0])[1], flush=True)
+        print(listeners[0].transport_listener.socket.getsockname()[1], flush=True)
 
 
 @contextmanager
