@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -627,6 +629,28 @@ async def test_traffic_counts_what_went_either_way_and_the_goodbye_does_not():
         assert server.peer_left
         await server.aclose()
     assert server.traffic == Traffic(messages_sent=1, bytes_sent=4, messages_received=2, bytes_received=3)
+
+
+async def fail_and_close(channel: Channel) -> None:
+    with pytest.raises(trio.BrokenResourceError):
+        await channel.do_handshake()
+    await trio.aclose_forcefully(channel)
+
+
+async def test_a_broken_channel_is_freed_when_it_is_closed_and_let_go():
+    # Its error has a traceback, whose frames have the channel: with 1,000 refused logins a second the garbage
+    # collector stopped the server for 130 ms at a time.
+    channels = make_channels(password="wrong")
+    async with trio.open_nursery() as nursery:
+        for channel in channels:
+            nursery.start_soon(fail_and_close, channel)
+    alive = [weakref.ref(channel) for channel in channels]
+    gc.disable()
+    try:
+        del channel, channels
+        assert [reference() for reference in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 async def test_two_tasks_do_not_share_what_is_left_of_a_batch():

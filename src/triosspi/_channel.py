@@ -564,6 +564,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         polite = self._state is _State.OK and established and not self._sending
         self._state = _State.CLOSED
         self._ready = False
+        # Its traceback leads back here: a cycle, which only the garbage collector would find.
+        self._cause = None
         self._left = _NOTHING
         try:
             if self.tracer is not None:
