@@ -294,7 +294,8 @@ def test_silent_clients_do_not_keep_a_probe_waiting(server: StatusServer, monkey
             client.sendall(b"GET /healthz HTTP/1.1\r\nX: ")
         for _ in range(5):
             assert ask(server, "/healthz").status == 200
-        assert threading.active_count() == threads
+        # Trio's idle threads may end meanwhile.
+        assert threading.active_count() <= threads
         # Those who came first had to go.
         assert [read_all(client) for client in clients[:60]] == [b""] * 60
         assert len(server._open) <= 32

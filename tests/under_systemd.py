@@ -56,6 +56,8 @@ DROP_IN = f"""
 [Service]
 DynamicUser=no
 ProtectHome=read-only
+# Where the tests may be running from.
+PrivateTmp=no
 ExecStart=
 ExecStart={sys.executable} -m triosspi serve --config {ETC}/triosspi.toml
 LoadCredential=
