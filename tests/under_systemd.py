@@ -62,7 +62,8 @@ ExecStart=
 ExecStart={sys.executable} -m triosspi serve --config {ETC}/triosspi.toml
 LoadCredential=
 LoadCredential=accounts:{ETC}/accounts
-UnsetEnvironment=TRIOSSPI_KEYTAB
+# Nor may it write what the tests measure themselves with.
+UnsetEnvironment=TRIOSSPI_KEYTAB COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START
 Environment=SERVER_NAME=unit PYTHONPATH={ETC}
 StandardOutput=append:/run/log
 StandardError=append:/run/log

@@ -265,9 +265,9 @@ class Server:
         # While they are open: who starts next finds either a socket that answers, or none.
         remove_socket_files(self._listeners)
         self._service.stop()
+        self._accepting.cancel()
         if self._sole:
             self._empty_queues()
-        self._accepting.cancel()
         self._watches.start_soon(self._cancel_after_grace)
 
     def _empty_queues(self) -> None:
@@ -277,6 +277,8 @@ class Server:
             if isinstance(listener, trio.SocketListener):
                 for stream in queued(listener):
                     self._connections.start_soon(self._service.serve, stream)
+                # Now, and not when the task that accepts gets its turn: whoever comes in between would be reset.
+                listener.socket.close()
 
     async def _cancel_after_grace(self) -> None:
         grace = self._loaded.settings.workers.grace

@@ -178,7 +178,7 @@ class Workers(Section, frozen=True, kw_only=True):
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=1024)], About("Processes; auto: as many as usable cores.", kinds.WORKERS)
     ] = 1
-    # With the shared socket a login waits for no worker that is busy: at half of what two can do, p99 was 5 ms, and 25 with
+    # With the shared socket a login waits for no worker that is busy: at half of what two can do, p99 was 5 ms, and 40 with
     # sockets of their own; and a worker that hangs or starts again keeps nobody waiting. Logins per second are the same,
     # and shares are even enough (see workers.balance; bench/bench_workers.py measures it).
     reuse_port: Annotated[bool, About("Give each process sockets of its own (SO_REUSEPORT).")] = False
