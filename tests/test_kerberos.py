@@ -39,7 +39,7 @@ from triosspi import (
     serve_sspi_over_tcp,
 )
 from triosspi._session import Session
-from triosspi.security import kerberos, policy
+from triosspi.security import context, kerberos, policy
 from triosspi.security.accounts import AccountTable
 from triosspi.security.identity import ContextFlag
 from triosspi.security.sealers import GSSWrapSealer
@@ -498,12 +498,40 @@ def test_a_goodbye_of_nothing_is_sealed_and_opened(kdc: Kdc, connect: Connect) -
     assert session.receive_ended
 
 
-def test_a_record_opens_wherever_its_peer_has_cut_it(kdc: Kdc, connect: Connect) -> None:
-    initiator = connect()
+@pytest.mark.parametrize("native", [True, False], ids=["native", "library"])
+@pytest.mark.parametrize("layout", ["wrap", "iov"])
+def test_a_record_opens_where_its_peer_has_cut_it_and_nowhere_else(
+    kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch, layout: str, native: bool
+) -> None:
+    # The trailer's length is under no signature: if it could be changed on the way, so could one bit of a record.
+    if not native:
+        monkeypatch.setattr(context, "take_over", lambda *_, **__: None)
+    initiator = connect(layout=layout)
     session = log_in(new_session(kdc), initiator)
-    for cut in range(0, 64, 3):
+    trailer, ciphertext = initiator.seal(b"cut")
+    assert len(trailer) == 60
+    assert receive(session, trailer, ciphertext) == [b"cut"]
+    for cut in (0, 1, 16, 44, 59, 61, 63):
+        initiator = connect(layout=layout)
+        session = log_in(new_session(kdc), initiator)
         token = b"".join(initiator.seal(b"cut"))
-        assert receive(session, token[:cut], token[cut:]) == [b"cut"]
+        with pytest.raises(UnsealError):
+            receive(session, token[:cut], token[cut:])
+
+
+def test_a_rotation_that_is_a_whole_turn_too_long_does_not_open(
+    kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 20 bytes of message: what is turned has 64 bytes, and 28 more than that is 28 with one bit changed.
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(context, "take_over", lambda *_, **__: None)
+        initiator = connect(layout="iov")
+        session = log_in(new_session(kdc), initiator)
+        trailer, ciphertext = initiator.seal(bytes(20))
+        assert trailer[6:8] == (28).to_bytes(2, "big")
+        with pytest.raises(UnsealError):
+            receive(session, trailer[:6] + (28 + 64).to_bytes(2, "big") + trailer[8:], ciphertext)
 
 
 def test_our_rotation_is_byte_compatible_with_unwrap_winrm(kdc: Kdc) -> None:

@@ -808,10 +808,20 @@ def test_a_kerberos_token_is_rotated_so_that_only_the_message_is_outside_of_the_
 
 
 @pytest.mark.parametrize("cut", [0, 1, 16, 59, 61, 65])
-def test_a_kerberos_token_opens_wherever_the_peer_cut_it(cut):
+def test_a_kerberos_token_that_was_cut_elsewhere_does_not_open(cut):
     sealer = GSSWrapSealer(WrapProxy(), 60)
     token = b"".join(sealer.seal(b"hello"))
-    assert sealer.open(token[:cut], token[cut:]) == b"hello"
+    assert sealer.open(token[:60], token[60:]) == b"hello"
+    with pytest.raises(UnsealError):
+        sealer.open(token[:cut], token[cut:])
+
+
+def test_a_kerberos_token_turned_a_whole_turn_more_does_not_open():
+    sealer = GSSWrapSealer(WrapProxy(), 60)
+    trailer, data = sealer.seal(b"hello")
+    longer = 28 + len(trailer + data) - 16
+    with pytest.raises(UnsealError, match="rotation"):
+        sealer.open(trailer[:6] + longer.to_bytes(2, "big") + trailer[8:], data)
 
 
 def test_a_kerberos_token_that_was_not_encrypted_does_not_open():

@@ -149,7 +149,14 @@ cdef class KerberosSealer(Sealer):
         return GOOD
 
     cdef int measure(self, const byte *token, size_t size, size_t trailer, size_t *opened) noexcept nogil:
-        # Any division into trailer and ciphertext: MIT's gss_wrap leaves it to its caller.
+        # Two things in a record are under nobody's signature, and each has one value that is taken, or they could be changed
+        # on the way without anybody's noticing: the cut between trailer and ciphertext, and the rotation.
+        #
+        # The cut is where the ciphertext is as long as the message. There SSPI's buffers have it, and there whoever has a
+        # token of gss_wrap's cuts it, turned or not: into as many bytes as the message has, and what is before them.
+        #
+        # RFC 4121 4.2.5 wants rotations taken that are longer than what is turned. Nobody sends one, and to add the length
+        # once more would change a bit of some messages and nothing else.
         cdef size_t extra
         if size < HEADER:
             return MALFORMED
@@ -160,7 +167,9 @@ cdef class KerberosSealer(Sealer):
         if size < self.trailer_size:
             return MALFORMED
         extra = load_u16_be(token + 4)
-        if extra > size - self.trailer_size:
+        if extra > size - self.trailer_size or trailer != self.trailer_size + extra:
+            return MALFORMED
+        if load_u16_be(token + 6) >= size - HEADER:
             return MALFORMED
         opened[0] = size - self.trailer_size - extra
         return GOOD
@@ -170,7 +179,7 @@ cdef class KerberosSealer(Sealer):
     ) noexcept nogil:
         cdef const byte *ring = token + HEADER
         cdef size_t ring_size = size - HEADER
-        cdef size_t turn = load_u16_be(token + 6) % ring_size
+        cdef size_t turn = load_u16_be(token + 6)  # less than the ring, see `measure`
         cdef size_t sealed = ring_size - self.mac_size
         cdef size_t rest = sealed & (BLOCK - 1)
         if rest == 0:

@@ -93,8 +93,8 @@ class KerberosSealer:
     """Wrap tokens of RFC 4121 with confidentiality, for AES (RFC 3962 and RFC 8009). In all else see `NTLMSealer`.
 
     Seals without filler and turned right (RRC) so that the ciphertext is as long as the message, as SSPI's buffers are.
-    Opens with any filler and any rotation, wherever trailer and ciphertext were divided; the flags must be exactly
-    those of the other side, and the number the next one.
+    Opens with any filler and any rotation that is less than what it turns, divided so that the ciphertext is as long
+    as the message; the flags must be exactly those of the other side, and the number the next one.
 
     Args:
       key: the acceptor's subkey if there is one, else the initiator's.

@@ -148,9 +148,17 @@ class GSSWrapSealer(_Counting):
         ]
 
     def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
-        # unwrap_iov(stream + data) would take any cut too, and aborts the process on some tokens.
-        opened = self._proxy.unwrap(trailer + ciphertext)
+        token = trailer + ciphertext
+        # The rotation is under no signature, and the library takes one that is a whole turn more for the same.
+        if token.startswith(_RFC4121_WRAP) and int.from_bytes(token[_RRC], "big") >= len(token) - _WRAP_HEADER_SIZE:
+            raise UnsealError("a rotation that is longer than what it turns")
+        # unwrap_iov(stream + data) would take any cut, and aborts the process on some tokens.
+        opened = self._proxy.unwrap(token)
         if not opened.encrypted:
             # A wrap token that is only signed is valid to GSS-API.
             raise UnsealError("a message that was signed but not encrypted")
+        # Nor is the cut: one place is taken, where the ciphertext is as long as the message, which is SSPI's, and the one
+        # of whoever cuts gss_wrap's tokens.
+        if len(opened.data) != len(ciphertext):
+            raise UnsealError(f"a ciphertext of {len(ciphertext)} bytes for a message of {len(opened.data)}")
         return opened.data
