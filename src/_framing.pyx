@@ -208,6 +208,19 @@ cdef class FrameScanner:
                 raise
         return found
 
+    def peek(self, size):
+        # Rare, and for a few bytes: what has come of the header, then of the payload, then the pieces behind.
+        cdef bytes beginning = <bytes> self.header[:self.header_have]
+        if self.body is not NULL:
+            beginning += PyBytes_FromStringAndSize(bytes_of(self.body), <Py_ssize_t> min(self.body_have, <size_t> size))
+        if self.chunk is not None:
+            beginning += PyBytes_FromStringAndSize(<const char *> self.at, <Py_ssize_t> min(self.ahead, <size_t> size))
+        for piece in self.behind or ():
+            if length_of(beginning) >= <size_t> size:
+                break
+            beginning += <bytes> piece
+        return beginning[:size]
+
     def take_rest(self):
         cdef bytes rest = new_buffer(self.held())
         cdef unsigned char *to = start_of(rest)

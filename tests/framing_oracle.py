@@ -74,6 +74,9 @@ class FrameScanner:
                 raise
         return found
 
+    def peek(self, size: int) -> bytes:
+        return bytes(self._buffer[:size])
+
     def take_rest(self) -> bytes:
         rest = bytes(self._buffer)
         self._buffer.clear()

@@ -31,6 +31,7 @@ from harness import (
 )
 from triosspi import (
     AuthenticationError,
+    ForeignProtocolError,
     FrameTooLongError,
     LocalProtocolError,
     MessageTooLongError,
@@ -146,7 +147,7 @@ async def test_nobody_uses_the_channel_before_the_last_token_has_gone():
         await pass_on(data)
 
     stream.send_all = send_slowly
-    await theirs.send_all(frame(b"token"))
+    await theirs.send_all(frame(b"NTLMSSP\0token"))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.do_handshake)
         await reached.wait()
@@ -298,13 +299,13 @@ async def test_steps_run_where_blocking_is_allowed_only_if_they_may_block(may_bl
         ran.append(token)
         return step(token)
 
-    stream = ScriptedStream([frame(b"one"), frame(b"two")])
+    stream = ScriptedStream([frame(b"NTLMSSP\0one"), frame(b"two")])
     channel, credential = plain_channel(
         stream, "accept", [b"more", b"done"], may_block=may_block, run_blocking=run_blocking
     )
     await channel.do_handshake()
-    assert credential.contexts[0].tokens == [b"one", b"two"]
-    assert ran == ([b"one", b"two"] if may_block else [])
+    assert credential.contexts[0].tokens == [b"NTLMSSP\0one", b"two"]
+    assert ran == ([b"NTLMSSP\0one", b"two"] if may_block else [])
     assert stream.sent == frame(b"more") + frame(b"done")
 
 
@@ -326,7 +327,7 @@ async def test_a_cancelled_handshake_does_not_wait_for_a_step_that_still_blocks(
         assert release.wait(10)
         return b"too late"
 
-    channel, credential = plain_channel(ScriptedStream([frame(b"one")]), "accept", [b"done"], may_block=True)
+    channel, credential = plain_channel(ScriptedStream([frame(b"NTLMSSP\0one")]), "accept", [b"done"], may_block=True)
     credential.contexts[0].step = blocked_step
     async with trio.open_nursery() as nursery:
         nursery.start_soon(channel.do_handshake)
@@ -341,7 +342,7 @@ async def test_a_cancelled_handshake_does_not_wait_for_a_step_that_still_blocks(
 async def test_by_default_a_step_that_may_block_runs_in_a_thread():
     import threading
 
-    stream = ScriptedStream([frame(b"one")])
+    stream = ScriptedStream([frame(b"NTLMSSP\0one")])
     channel, credential = plain_channel(stream, "accept", [b"done"], may_block=True)
     threads = []
     new_context = credential.new_context
@@ -359,7 +360,7 @@ async def test_by_default_a_step_that_may_block_runs_in_a_thread():
 
 
 async def test_a_handshake_without_end_is_given_up():
-    stream = ScriptedStream(frame(b"token") for _ in range(1000))
+    stream = ScriptedStream(frame(b"NTLMSSP\0token") for _ in range(1000))
     channel, credential = plain_channel(stream, "accept", [b"more"] * 1000)
     error = await raised_by(channel.do_handshake)
     assert isinstance(error.__cause__, AuthenticationError)
@@ -368,14 +369,14 @@ async def test_a_handshake_without_end_is_given_up():
 
 @both_formats
 async def test_an_empty_token_is_never_sent(wire):
-    stream = ScriptedStream([frame(b"token")])
+    stream = ScriptedStream([frame(b"NTLMSSP\0token")])
     channel, _ = plain_channel(stream, "accept", [b""], wire=wire)
     await channel.do_handshake()
     assert stream.sent == b""
 
 
 async def test_a_token_on_the_acceptors_last_step_is_sent():
-    stream = ScriptedStream([frame(b"token")])
+    stream = ScriptedStream([frame(b"NTLMSSP\0token")])
     channel, _ = plain_channel(stream, "accept", [b"accept-completed"])
     await channel.do_handshake()
     assert stream.sent == frame(b"accept-completed")
@@ -386,7 +387,7 @@ async def test_a_token_on_the_acceptors_last_step_is_sent():
     [
         (dword(0), AuthenticationError),
         (dword(0xFFFFFFFF), FrameTooLongError),
-        (frame(b"GET / HTTP/1.1"), AuthenticationError),
+        (frame(b"GET / HTTP/1.1"), ForeignProtocolError),
         (b"\x01", TruncatedError),
     ],
 )
@@ -522,7 +523,7 @@ async def test_the_samples_acceptor_receives_nothing():
 async def test_sealing_and_sending_are_one_step():
     # Seal order must be wire order: a checkpoint between the two would let another task in.
     log: list[str] = []
-    stream = RecordingStream(ScriptedStream([frame(b"token")]))
+    stream = RecordingStream(ScriptedStream([frame(b"NTLMSSP\0token")]))
     channel, credential = plain_channel(stream, "accept", [b"done"])
     await channel.do_handshake()
     credential.contexts[0].on_seal = lambda: log.append("seal")
@@ -1008,7 +1009,7 @@ async def test_a_task_that_only_receives_what_is_there_lets_others_run():
 async def test_a_handshake_whose_last_step_has_nothing_to_send_has_executed_a_checkpoint():
     class Immediate(ScriptedStream):
         async def receive_some(self, max_bytes: int | None = None) -> bytes:
-            return frame(b"token")
+            return frame(b"NTLMSSP\0token")
 
     channel, _ = plain_channel(Immediate([]), "accept", [b""])
     with trio.testing.assert_checkpoints():
@@ -1073,11 +1074,14 @@ async def test_a_listener_passes_its_options_on():
     ran: list[Any] = []
     credential: Any = PlainCredential("accept", [b"done"], may_block=True)
     listener: SSPIListener[Any] = SSPIListener(
-        OneConnection(ScriptedStream([frame(b"token")])), credential, wire=WireFormat.SAMPLE, run_blocking=run_blocking
+        OneConnection(ScriptedStream([frame(b"NTLMSSP\0token")])),
+        credential,
+        wire=WireFormat.SAMPLE,
+        run_blocking=run_blocking,
     )
     channel = await listener.accept()
     await channel.do_handshake()
-    assert ran == [b"token"]
+    assert ran == [b"NTLMSSP\0token"]
     assert channel.sizes.max_message == 2028
 
 

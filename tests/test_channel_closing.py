@@ -254,7 +254,7 @@ async def test_both_sides_closing_without_reading_come_to_an_end(autojump_clock)
 
 async def test_at_most_one_mebibyte_is_drained():
     chunk = bytes(64 * 1024)
-    stream = ScriptedStream(itertools.chain([frame(b"token")], itertools.repeat(chunk)))
+    stream = ScriptedStream(itertools.chain([frame(b"NTLMSSP\0token")], itertools.repeat(chunk)))
     channel: Channel = SSPIChannel(stream, PlainCredential("accept", [b"done"]))
     await channel.do_handshake()
     before = stream.received
@@ -265,7 +265,7 @@ async def test_at_most_one_mebibyte_is_drained():
 
 async def test_less_than_that_is_drained_to_its_end():
     chunks = [bytes(64 * 1024)] * 15
-    stream = ScriptedStream([frame(b"token"), *chunks])
+    stream = ScriptedStream([frame(b"NTLMSSP\0token"), *chunks])
     channel: Channel = SSPIChannel(stream, PlainCredential("accept", [b"done"]))
     await channel.do_handshake()
     before = stream.received
@@ -427,7 +427,7 @@ async def test_closing_during_the_handshake_wakes_everybody_to_a_closed_resource
 
 
 async def test_closing_while_a_step_runs_in_a_thread_lets_the_handshake_go_no_further():
-    stream = ScriptedStream([frame(b"token")])
+    stream = ScriptedStream([frame(b"NTLMSSP\0token")])
     stepping, go_on = trio.Event(), trio.Event()
 
     async def run_blocking(step: Any, token: bytes | None) -> bytes:

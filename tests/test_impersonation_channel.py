@@ -23,6 +23,7 @@ from harness import (
     Channel,
     PlainCredential,
     close_both,
+    frame,
     make_acceptor,
     make_channels,
     make_initiator,
@@ -209,7 +210,7 @@ async def test_in_the_samples_format_a_ticket_needs_no_warning(caplog: pytest.Lo
     client_stream, server_stream = trio.testing.memory_stream_pair()
     credential: Any = PlainCredential("accept", [b"token"])
     server: Channel = SSPIChannel(server_stream, credential, wire=WireFormat.SAMPLE, impersonation=Recorder())
-    await client_stream.send_all(b"\5\0\0\0token")
+    await client_stream.send_all(frame(b"NTLMSSP\0"))
     await server.do_handshake()
     (context,) = credential.contexts
     context.peer.mechanism = "kerberos"

@@ -8,6 +8,7 @@ from ._channel import RunBlocking as RunBlocking
 from ._channel import SSPIChannel as SSPIChannel
 from ._errors import AuthenticationError as AuthenticationError
 from ._errors import ConfigurationError as ConfigurationError
+from ._errors import ForeignProtocolError as ForeignProtocolError
 from ._errors import FrameTooLongError as FrameTooLongError
 from ._errors import ImpersonationError as ImpersonationError
 from ._errors import LocalProtocolError as LocalProtocolError

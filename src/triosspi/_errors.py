@@ -119,3 +119,17 @@ class AuthenticationError(RemoteProtocolError):
     def __init__(self, text: str = "", *, mechanism: str | None = None) -> None:
         super().__init__(text)
         self.mechanism = mechanism
+
+
+class ForeignProtocolError(AuthenticationError):
+    """The connection began with what cannot become a handshake: the peer speaks another protocol, or another wire format.
+
+    Attributes:
+      looks_like (str | None): what it looked like, in words for an operator: ``"an HTTP request"``; None where that cannot
+          be told.
+    """
+
+    def __init__(self, looks_like: str | None) -> None:
+        what = "" if looks_like is None else f": it looks like {looks_like}"
+        super().__init__(f"the connection does not begin with a handshake token{what}")
+        self.looks_like = looks_like

@@ -83,6 +83,9 @@ class FrameScanner:
             MemoryError: as `next_frame()`; frames read in the same call are lost.
         """
 
+    def peek(self, size: int) -> bytes:
+        """Return the first bytes of what `take_rest` would return, at most ``size`` of them, and leave all as it is."""
+
     def take_rest(self) -> bytes:
         """Return all bytes held, as they came, and hold none afterwards.
 

@@ -188,6 +188,9 @@ class Session:
         Raises:
           RemoteProtocolError: there can be none.
         """
+        if self._rounds == 0:
+            # Before it is whole: what can never be would be waited for.
+            self._codec.check_beginning(initiator=self.accepts)
         try:
             token = self._codec.next_token()
         except TruncatedError as exc:

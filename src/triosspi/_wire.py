@@ -10,6 +10,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
+from ._beginnings import BEGINNING_SIZE, check_beginning
 from ._errors import (
     AuthenticationError,
     FrameTooLongError,
@@ -130,6 +131,17 @@ class Codec:
                 f"our token of {len(token)} bytes is longer than the {self.token_limit} bytes that the peer can take"
             )
         return pack_frame(token)
+
+    def check_beginning(self, *, initiator: bool) -> None:
+        """See that what has come of the peer's first token can become one; see `_beginnings`.
+
+        Args:
+          initiator: whether the peer is the initiator.
+
+        Raises:
+          ForeignProtocolError: it cannot.
+        """
+        check_beginning(self._scanner.peek(BEGINNING_SIZE), MAX_TOKEN_SIZE, initiator=initiator)
 
     def next_token(self) -> bytes | None:
         """The peer's next handshake token, or None when more bytes are needed first.
