@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import socket
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,20 @@ def random_pieces(data: bytes, rng: random.Random, largest: int = 40) -> list[by
         pieces.append(data[:size])
         data = data[size:]
     return pieces
+
+
+def reset_at_close(sock: Any) -> None:
+    """Let closing a socket be a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def reset_connection(address: Any, said: bytes = b"") -> int:
+    """Connect to a TCP address, say something, and reset the connection, as health checks do; returns the port that was used."""
+    with socket.create_connection(address[:2]) as client:
+        client.sendall(said)
+        reset_at_close(client)
+        port: int = client.getsockname()[1]
+        return port
 
 
 # ---- sessions, without any I/O ----

@@ -7,11 +7,10 @@ import os
 import random
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -22,7 +21,9 @@ import pytest
 import trio
 import trio.testing
 
-from triosspi import ConfigurationError
+from harness import make_acceptor, reset_connection
+from triosspi import ConfigurationError, SSPIListener
+from triosspi._accepting import accept, remember
 from triosspi.service.config.settings import Listen
 from triosspi.service.network import listening
 from triosspi.service.network.descriptors import descriptors_of, inherited_listeners, listeners_from_descriptors
@@ -30,12 +31,14 @@ from triosspi.service.network.listening import (
     ANY_HOST,
     close_listeners,
     open_listeners,
+    queued,
     remove_socket_files,
     reuse_port_sockets,
     source_of,
     tune,
     where,
 )
+from triosspi.service.workers.balance import BalancedListener, Board, Share
 
 LOCAL = "127.0.0.1"
 
@@ -743,16 +746,56 @@ async def test_a_client_of_a_unix_socket_has_no_address(tmp_path: Path) -> None:
             assert source_of(server) == (None, "unix")
 
 
-async def test_a_client_that_is_gone_before_it_is_accepted_has_no_address() -> None:
+async def accepted_by_the_server(listener: trio.SocketListener) -> trio.SocketStream:
+    return await accept(listener)
+
+
+async def accepted_by_a_worker(listener: trio.SocketListener) -> trio.SocketStream:
+    board = Board.make(1)
+    try:
+        sock = socket.socket(fileno=os.dup(listener.socket.fileno()))
+        async with BalancedListener(sock, Share(board, 1)) as balanced:
+            return await balanced.accept()
+    finally:
+        board.close()
+
+
+async def accepted_while_stopping(listener: trio.SocketListener) -> trio.SocketStream:
+    with trio.fail_after(60):
+        await trio.lowlevel.wait_readable(listener.socket)
+    (stream,) = queued(listener)
+    return stream
+
+
+async def accepted_by_the_library(listener: trio.SocketListener) -> trio.SocketStream:
+    return (await SSPIListener(listener, make_acceptor()).accept()).transport_stream
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may not know the address of who is gone")
+@pytest.mark.parametrize(
+    "accepted", [accepted_by_the_server, accepted_by_a_worker, accepted_while_stopping, accepted_by_the_library]
+)
+async def test_a_client_that_is_gone_before_it_is_accepted_still_has_an_address(
+    accepted: Callable[[trio.SocketListener], Awaitable[trio.SocketStream]],
+) -> None:
+    # getpeername(2) does not know it any more.
     async with listening_on(Where()) as listeners:
-        client = trio.socket.socket()
-        await client.connect(listeners[0].socket.getsockname())
-        # A reset.
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
-        async with await listeners[0].accept() as server:
-            assert source_of(server) == (None, "unknown address")
+        port = reset_connection(listeners[0].socket.getsockname())
+        async with await accepted(listeners[0]) as server:
+            with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+                server.socket.getpeername()
+            assert source_of(server) == (IPv4Address(LOCAL), f"127.0.0.1:{port}")
             tune(server, 60)
+            # It is not kept: an idle connection is to be small.
+            assert source_of(server) is None
+
+
+async def test_a_client_that_is_gone_where_the_system_does_not_say_who_it_was_is_from_nowhere() -> None:
+    async with listening_on(Where()) as listeners:
+        client, server = await connected(listeners[0])
+        async with client, server:
+            # As Python has an address of no bytes.
+            assert source_of(remember(server, None)) is None
 
 
 async def test_an_abstract_unix_socket_can_be_passed_on_and_is_named() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import pytest
 import trio
 import trio.testing
 
-from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator
+from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator, reset_at_close, reset_connection
 from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
 from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
-from triosspi.service import shutting_down
+from triosspi.service import connection, shutting_down
 from triosspi.service.apps import Greet, echo
 from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Settings, Workers
 from triosspi.service.network.listening import close_listeners, open_listeners
@@ -99,10 +101,12 @@ async def serving(
     make_tracer: Any = None,
     once: bool = False,
     acceptor: Acceptor | None = None,
+    before: Callable[[Any], object] = lambda address: None,
     **sections: Any,
 ) -> AsyncIterator[Running]:
     loaded = Loaded(settings=settings(**sections), acceptor=acceptor or make_acceptor(), files=files)
     listeners = await open_listeners(loaded.settings.listen)
+    before(listeners[0].socket.getsockname())
     told: Any = Told()
     server = Server(
         loaded,
@@ -416,8 +420,6 @@ async def test_a_client_of_a_unix_socket_is_served(tmp_path: Path) -> None:
 
 
 async def test_a_proxy_tells_who_the_client_is() -> None:
-    from ipaddress import ip_network
-
     async with serving(listen=Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),))) as running:
         stream = await trio.open_tcp_stream(*running.addresses[0])
         await stream.send_all(b"PROXY TCP4 192.0.2.7 192.0.2.8 4242 2000\r\n")
@@ -429,6 +431,62 @@ async def test_a_proxy_tells_who_the_client_is() -> None:
         with pytest.raises(trio.BrokenResourceError):
             await running.client()
         assert [event[0] for event in running.told.all("dropped")] == ["proxy_header"]
+
+
+HEADER = b"PROXY TCP4 192.0.2.7 192.0.2.8 4242 2000\r\n"
+# The balancer's own, of its health checks.
+LOCAL_HEADER = b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
+TOKEN = b"\x64\x00\x00\x00"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may not know the address of who is gone")
+@pytest.mark.parametrize("before", [True, False], ids=["before it is accepted", "after"])
+@pytest.mark.parametrize(
+    ("proxied", "said", "told"),
+    [
+        (False, b"", ("nothing_said", "here")),
+        (False, TOKEN, ("refused", "here")),
+        (True, b"", ("nothing_said", "here")),
+        (True, HEADER[:20], ("proxy_header", "here")),
+        (True, HEADER, ("nothing_said", "192.0.2.7:4242")),
+        (True, LOCAL_HEADER, ("nothing_said", "here")),
+        (True, HEADER + TOKEN, ("refused", "192.0.2.7:4242")),
+        (True, TOKEN, ("proxy_header", "here")),
+    ],
+)
+async def test_a_reset_is_told_by_what_came_before_it_and_a_header_is_never_a_token(
+    *, before: bool, proxied: bool, said: bytes, told: tuple[str, str]
+) -> None:
+    # Asked for its address when it was reset already, a proxy was nobody, and its header the beginning of a login; each
+    # health check was a refused login.
+    ports: list[int] = []
+
+    def arrive(address: Any) -> None:
+        if before:
+            ports.append(reset_connection(address, said))
+
+    listen = Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),) if proxied else ())
+    async with serving(listen=listen, before=arrive) as running:
+        if not before:
+            with socket.create_connection(running.addresses[0]) as client:
+                await running.told.until(lambda: running.told.all("accepted"))
+                ports.append(client.getsockname()[1])
+                client.sendall(said)
+                reset_at_close(client)
+        await running.told.until(lambda: running.told.all("dropped") or running.told.all("login_refused"))
+        events = [(cause, source) for cause, source, _ in running.told.all("dropped")]
+        events += [("refused", told["source"]) for (told,) in running.told.all("login_refused")]
+        what, where = told
+        assert events == [(what, f"{LOCAL}:{ports[0]}" if where == "here" else where)]
+
+
+async def test_who_cannot_be_told_from_a_proxy_is_dropped_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a system accepts who is gone, and knows no address of his any more.
+    monkeypatch.setattr(connection, "source_of", lambda stream: None)
+    async with serving(listen=Listen(hosts=(LOCAL,), port=0)) as running:
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client()
+        assert running.told.all("dropped") == [("nothing_said", "unknown address", {})]
 
 
 # Once

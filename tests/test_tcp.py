@@ -28,6 +28,8 @@ from harness import (
     frame,
     make_acceptor,
     make_initiator,
+    reset_at_close,
+    reset_connection,
 )
 from triosspi import (
     AuthenticationError,
@@ -333,8 +335,8 @@ async def drain(stream: Any) -> bytes:
 
 @pytest.mark.parametrize(
     "hello",
-    [b"", b"\x05", dword(0), dword(0xFFFFFFFF), frame(b"GET / HTTP/1.1\r\n\r\n"), b"\x16\x03\x01\x02\x00\x01"],
-    ids=["nothing", "one byte", "empty token", "huge token", "rubbish", "TLS"],
+    [b"\x05", dword(0), dword(0xFFFFFFFF), frame(b"GET / HTTP/1.1\r\n\r\n"), b"\x16\x03\x01\x02\x00\x01"],
+    ids=["one byte", "empty token", "huge token", "rubbish", "TLS"],
 )
 async def test_a_stranger_never_reaches_the_handler(hello, caplog):
     async def handler(channel: Channel) -> None:
@@ -342,8 +344,7 @@ async def test_a_stranger_never_reaches_the_handler(hello, caplog):
 
     async with serving(handler) as server:
         stream, server_stream = server.listener.connect()
-        if hello:
-            await stream.send_all(hello)
+        await stream.send_all(hello)
         await stream.send_eof()
         assert await drain(stream) == b""
         assert server_stream.calls[-1] == "aclose"
@@ -352,6 +353,16 @@ async def test_a_stranger_never_reaches_the_handler(hello, caplog):
     assert level == "WARNING"
     assert text.startswith("192.0.2.1:50000: login refused: ")
     assert "\n" not in text
+
+
+async def test_who_ends_the_connection_before_the_first_byte_is_no_refused_login(caplog):
+    async with serving(echo) as server:
+        stream, server_stream = server.listener.connect()
+        await stream.send_eof()
+        assert await drain(stream) == b""
+        assert server_stream.calls[-1] == "aclose"
+    assert server.statistics == ServerStatistics(accepted=1, nothing_said=1)
+    assert [level for level, _ in server_log(caplog)] == ["DEBUG"]
 
 
 async def test_a_login_that_never_comes_is_cut_off_in_time(autojump_clock, caplog):
@@ -568,8 +579,12 @@ async def test_a_client_without_an_ip_address_is_served_like_any_other(address, 
         stream, _ = server.listener.connect(address)
         await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
-    assert server.statistics.authenticated == 1
-    assert server_log(caplog)[0][1].startswith("unknown address: login refused")
+        stream, _ = server.listener.connect(address)
+        await stream.send_all(b"?")
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    assert server.statistics.authenticated == server.statistics.nothing_said == 1
+    assert server_log(caplog)[1][1].startswith("unknown address: login refused")
 
 
 async def test_a_server_counts_for_itself_if_nobody_looks():
@@ -684,6 +699,39 @@ async def test_a_peers_reset_during_the_handshake_is_a_refused_login(caplog):
             assert await another.receive() == b"2"
     assert statistics.refused == 1
     assert "login refused" in server_log(caplog)[0][1]
+
+
+@pytest.mark.parametrize("when", ["before it is accepted", "after"])
+async def test_a_reset_before_the_first_byte_is_a_health_check_and_no_refused_login(when, caplog):
+    # Load balancers check so, every second: one warning and one refused login each.
+    statistics = ServerStatistics()
+    (listener,) = await open_sspi_over_tcp_listeners(0, make_acceptor(), host=LOCALHOST)
+    address = listener.transport_listener.socket.getsockname()
+    if when == "before it is accepted":
+        reset_connection(address)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve_sspi_listeners, echo, [listener], statistics=statistics))
+        if when == "after":
+            stream = await trio.open_tcp_stream(*address)
+            await trio.testing.wait_all_tasks_blocked()
+            reset_at_close(stream.socket)
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert statistics == ServerStatistics(accepted=1, nothing_said=1)
+    assert [level for level, _ in server_log(caplog)] == ["DEBUG"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may not know the address of who is gone")
+async def test_who_has_said_something_and_reset_the_connection_is_refused_by_address(caplog):
+    statistics = ServerStatistics()
+    (listener,) = await open_sspi_over_tcp_listeners(0, make_acceptor(), host=LOCALHOST)
+    port = reset_connection(listener.transport_listener.socket.getsockname(), dword(100))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(serve_sspi_listeners, echo, [listener], statistics=statistics))
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert server_log(caplog)[0][1].startswith(f"{LOCALHOST}:{port}: login refused: ")
 
 
 async def test_starting_a_server_gives_its_listeners():

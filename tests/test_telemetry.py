@@ -321,6 +321,13 @@ def test_a_flood_writes_a_line_per_cause_and_interval_and_counts_every_connectio
         assert value(metrics, "triosspi_connections_dropped_total", cause=cause) == 10_000
 
 
+def test_who_says_nothing_is_no_reason_for_a_warning(audit: Audit, clock: Clock) -> None:
+    # Health checks: they would be one every few seconds for ever.
+    Telemetry(clock=clock).dropped("nothing_said", SOURCE)
+    (record,) = audit.take()
+    assert (record["level"], record["cause"]) == ("info", "nothing_said")
+
+
 def test_what_is_not_told_yet_is_told_at_the_end(audit: Audit, clock: Clock) -> None:
     told = Telemetry(clock=clock)
     for _ in range(3):

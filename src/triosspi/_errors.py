@@ -89,7 +89,7 @@ class TruncatedError(RemoteProtocolError):
           programs; but it is not authenticated, and may be an attacker's cut. An end within a
           record (False) is never ordinary.
       nothing_said (bool): True when the peer had not sent a single byte, as a health check does that
-          only connects.
+          only connects, whether it then ends the connection or resets it.
     """
 
     def __init__(self, text: str, *, at_boundary: bool, nothing_said: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Generic
 
 import trio
 
+from ._accepting import accept
 from ._channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_thread
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
@@ -52,7 +53,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
 
     async def accept(self) -> SSPIChannel[StreamT]:
         """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
-        transport_stream = await self.transport_listener.accept()
+        transport_stream = await accept(self.transport_listener)
         return SSPIChannel(
             transport_stream,
             self._acceptor,

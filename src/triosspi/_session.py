@@ -312,10 +312,16 @@ class Session:
             self._ending = (self.explain_end() if unexplained else None) or error
         return messages
 
-    def explain_end(self) -> AuthenticationError | None:
-        """What it means that the connection ends now: to an initiator maybe that it was refused."""
+    def explain_end(self) -> RemoteProtocolError | None:
+        """What it means that the connection ends now: to an initiator maybe that it was refused.
+
+        To an acceptor, that nobody has said anything, where it breaks before its first byte; behind that, nothing.
+        """
         if self.accepts:
-            return None
+            if self.established or self._unread:
+                return None
+            text = "the connection broke before its first byte"
+            return TruncatedError(text, at_boundary=True, nothing_said=True)
         if not self.established:
             return AuthenticationError(
                 "the acceptor closed the connection during the handshake: login probably refused"

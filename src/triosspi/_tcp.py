@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, NoReturn, TypeAlias, TypeVar
+from typing import Final, NoReturn, TypeAlias
 
 import trio
 
+from ._accepting import accept_forever, peername
 from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
 from ._errors import ImpersonationError, TruncatedError
 from ._listener import SSPIListener
@@ -24,32 +24,10 @@ log = logging.getLogger("triosspi.server")
 
 TCPChannel: TypeAlias = SSPIChannel[trio.SocketStream]
 TCPListener: TypeAlias = SSPIListener[trio.SocketStream]
-ResourceT = TypeVar("ResourceT", bound=trio.abc.AsyncResource)
 Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
 
 #: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 30.0
-
-# accept(2): the machine is out of something, and may have it again soon.
-_CAPACITY_ERRNOS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-_CAPACITY_PAUSE: Final = 0.1
-# accept(2) under Linux passes on what happened to a connection before it was accepted.
-_CONNECTION_ERRNOS: Final = {
-    getattr(errno, name)
-    for name in (
-        "ECONNABORTED",
-        "EHOSTDOWN",
-        "EHOSTUNREACH",
-        "ENETDOWN",
-        "ENETUNREACH",
-        "ENONET",
-        "ENOPROTOOPT",
-        "EOPNOTSUPP",
-        "EPERM",
-        "EPROTO",
-    )
-    if hasattr(errno, name)
-}
 
 
 @dataclass(slots=True)
@@ -59,6 +37,7 @@ class ServerStatistics:
     Attributes:
       accepted: connections.
       authenticated: handshakes that succeeded, so also handlers that were called.
+      nothing_said: connections that ended before their first byte, as health checks do.
       refused: handshakes that failed, through the peer or the network.
       timed_out: handshakes that took longer than ``handshake_timeout``.
       handler_errors: handlers that raised something of their own.
@@ -69,6 +48,7 @@ class ServerStatistics:
 
     accepted: int = 0
     authenticated: int = 0
+    nothing_said: int = 0
     refused: int = 0
     timed_out: int = 0
     handler_errors: int = 0
@@ -249,42 +229,6 @@ async def serve_sspi_listeners(
     raise AssertionError("unreachable")  # pragma: no cover
 
 
-async def accept_forever(
-    listener: trio.abc.Listener[ResourceT],
-    nursery: trio.Nursery,
-    serve: Callable[[ResourceT], Awaitable[object]],
-    failed: Callable[[], None],
-) -> NoReturn:
-    """Accept connections and start ``serve(connection)`` for each, whatever accept(2) says of single ones.
-
-    Args:
-      listener: is closed at the end.
-      nursery: where the connections' tasks run.
-      serve: serves one, and raises nothing.
-      failed: called when accept has failed.
-
-    Raises:
-      OSError: the listener itself is of no use.
-    """
-    async with listener:
-        while True:
-            try:
-                connection = await listener.accept()
-            except OSError as exc:
-                failed()
-                if exc.errno in _CAPACITY_ERRNOS:
-                    log.error(  # noqa: TRY400 - the reason is all there is to it
-                        "cannot accept: %s; trying again in %s s", exc.strerror, _CAPACITY_PAUSE
-                    )
-                    await trio.sleep(_CAPACITY_PAUSE)
-                elif exc.errno in _CONNECTION_ERRNOS:
-                    log.info("a connection was gone before it was accepted: %s", exc.strerror)
-                else:
-                    raise
-            else:
-                nursery.start_soon(serve, connection)
-
-
 async def serve_connection(
     channel: TCPChannel, handler: Handler, handshake_timeout: float, counts: ServerStatistics
 ) -> bool:
@@ -332,8 +276,13 @@ async def _authenticate(channel: TCPChannel, source: str, handshake_timeout: flo
         with trio.move_on_after(handshake_timeout) as in_time:
             await channel.do_handshake()
     except trio.BrokenResourceError as exc:
-        counts.refused += 1
-        log.warning("%s: login refused: %s", source, exc)
+        if said_nothing(exc):
+            # Health checks and port scanners, by the thousand.
+            counts.nothing_said += 1
+            log.debug("%s: %s", source, exc)
+        else:
+            counts.refused += 1
+            log.warning("%s: login refused: %s", source, exc)
         return False
     except Exception:
         # Not the peer's doing, but still only this connection's end.
@@ -404,15 +353,19 @@ def is_ordinary_end(exc: Exception) -> bool:
     return isinstance(exc, trio.EndOfChannel) or isinstance(cause, trio.EndOfChannel)
 
 
+def said_nothing(exc: trio.BrokenResourceError) -> bool:
+    """Whether a handshake failed because the connection ended, in whatever way, before its first byte."""
+    return isinstance(exc.__cause__, TruncatedError) and exc.__cause__.nothing_said
+
+
 def peer_address(channel: TCPChannel) -> str:
-    """Where a channel's peer connects from, for people: ``192.0.2.1:50000`` or ``[2001:db8::1]:50000``."""
-    try:
-        address = channel.transport_stream.socket.getpeername()
-    except OSError:
-        # The peer is gone already.
-        return "unknown address"
+    """Where a channel's peer connects from, for people: ``192.0.2.1:50000`` or ``[2001:db8::1]:50000``.
+
+    To be asked once, see `peername`.
+    """
+    address = peername(channel.transport_stream)
     if not isinstance(address, tuple):
-        # A Unix socket's, mostly empty.
+        # A Unix socket's, mostly empty; or the peer is gone already.
         return "unknown address"
     host, port, *_ = address
     return format_address(host, port)

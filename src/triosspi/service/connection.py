@@ -13,12 +13,13 @@ import trio
 from .._channel import Impersonator, SSPIChannel
 from .._errors import AuthenticationError, ImpersonationError, TruncatedError, UnsealError
 from .._session import Tracer
-from .._tcp import Handler, TCPChannel, connection_end, is_ordinary_end
+from .._tcp import Handler, TCPChannel, connection_end, is_ordinary_end, said_nothing
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
 from ..security.identity import PeerIdentity
 from .config.settings import Limits
 from .lifecycle import shutting_down
+from .network.addresses import IPAddress
 from .network.admission import Admission, Dropped, Entry
 from .network.listening import source_of, tune
 from .network.proxy_protocol import ProxyError, ProxyProtocol
@@ -87,11 +88,16 @@ class Service:
         """
         # One coroutine for all of a connection's life, with few variables: it waits for days, thousands of times.
         self.telemetry.accepted()
-        if (entry := self._admit(stream)) is None:
+        if (origin := source_of(stream)) is None:
+            # Gone already. No cap knows its source; and were it a proxy, its header would be taken for a token.
+            self.telemetry.dropped("nothing_said", "unknown address")
+            await trio.aclose_forcefully(stream)
+            return False
+        if (entry := self._admit(*origin)) is None:
             await trio.aclose_forcefully(stream)
             return False
         try:
-            if (session := await self._log_in(stream, entry)) is None:
+            if (session := await self._log_in(stream, entry, *origin)) is None:
                 return False
             end: End = ("shutdown", None)
             try:
@@ -109,17 +115,17 @@ class Service:
 
     # Logging in
 
-    def _admit(self, stream: trio.SocketStream) -> Entry | None:
-        address, source = source_of(stream)
+    def _admit(self, address: IPAddress | None, source: str) -> Entry | None:
         try:
             return self.admission.admit(None if self.proxies.expected_from(address) else address)
         except Dropped as exc:
             self.telemetry.dropped(exc.cause, source)
             return None
 
-    async def _log_in(self, stream: trio.SocketStream, entry: Entry) -> LiveSession | None:
+    async def _log_in(
+        self, stream: trio.SocketStream, entry: Entry, address: IPAddress | None, source: str
+    ) -> LiveSession | None:
         """Let the peer log in; if it does not, close the connection and tell why."""
-        address, source = source_of(stream)
         started = trio.current_time()
         channel: TCPChannel | None = None
         authenticated = False
@@ -169,7 +175,7 @@ class Service:
 
     def _broken_off(self, exc: trio.BrokenResourceError, entry: Entry, source: str, started: float) -> None:
         cause = exc.__cause__
-        if isinstance(cause, TruncatedError) and cause.nothing_said:
+        if said_nothing(exc):
             # Health checks and port scanners, by the thousand.
             entry.failed("no_login")
             self.telemetry.dropped("nothing_said", source)

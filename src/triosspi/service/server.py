@@ -24,10 +24,11 @@ from typing import Final
 
 import trio
 
+from .._accepting import accept_forever
 from .._channel import Impersonator
 from .._errors import ConfigurationError
 from .._session import Tracer
-from .._tcp import Handler, accept_forever
+from .._tcp import Handler
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
 from .config.settings import Settings, only_by_restart

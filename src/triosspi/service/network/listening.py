@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import trio
 
+from ..._accepting import peername, remember
 from ..._errors import ConfigurationError
 from ..._tcp import format_address
 from ..reasons import reason
@@ -129,11 +130,11 @@ def queued(listener: trio.SocketListener) -> Iterator[trio.SocketStream]:
         sock.setblocking(False)
         while True:
             try:
-                connection, _ = sock.accept()
+                connection, address = sock.accept()
             except OSError:
                 # There are no more; or none that is of any use.
                 return
-            yield trio.SocketStream(trio.socket.from_stdlib_socket(connection))
+            yield remember(trio.SocketStream(trio.socket.from_stdlib_socket(connection)), address)
 
 
 def where(listener: trio.SocketListener) -> str:
@@ -321,18 +322,18 @@ def tune(stream: trio.SocketStream, keepalive: float | None) -> None:
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def source_of(stream: trio.SocketStream) -> tuple[IPAddress | None, str]:
-    """Where a connection comes from.
+def source_of(stream: trio.SocketStream) -> tuple[IPAddress | None, str] | None:
+    """Where a connection comes from. To be asked once, see `peername`.
 
     Returns:
-      The address (None: a unix socket, or a peer that is gone already), and the same for people:
-      ``192.0.2.1:50000``, ``[2001:db8::1]:50000``, ``unix``.
+      The address (None: a unix socket), and the same for people: ``192.0.2.1:50000``, ``[2001:db8::1]:50000``,
+      ``unix``. Or None, where the peer is gone and nobody knows.
     """
     if stream.socket.family == UNIX:
         return None, "unix"
-    try:
-        host, port, *_ = stream.socket.getpeername()
-    except OSError:
-        return None, "unknown address"
+    name = peername(stream)
+    if name is None:
+        return None
+    host, port, *_ = name
     address = unmapped(ip_address(host))
     return address, format_peer(address, port)

@@ -110,7 +110,7 @@ class Telemetry:
     ``session ended`` (info; warning where the connection was lost or the handler failed)
       ``session_id``, ``source``, ``principal``, ``mechanism``, ``flags``, ``enctype``, ``sid``, ``outcome``, ``error``,
       ``messages_received``, ``messages_sent``, ``bytes_received``, ``bytes_sent`` (plaintext) and ``seconds``.
-    ``connections dropped`` (warning), ``accept failed`` (error)
+    ``connections dropped`` (warning; info for ``nothing_said``, which health checks are), ``accept failed`` (error)
       ``cause``, ``count`` since the last such line, and ``last_source``: one line per cause every few seconds at most.
 
     Args:
@@ -310,7 +310,9 @@ class Telemetry:
             self._tell_refused(now)
 
     def _tell_dropped(self, cause: str, tally: _Tally, now: float) -> None:
-        self._audit.warning("connections dropped", cause=cause, count=tally.count, last_source=tally.last)
+        # A load balancer's health checks would be a warning every few seconds for ever.
+        tell = self._audit.info if cause == "nothing_said" else self._audit.warning
+        tell("connections dropped", cause=cause, count=tally.count, last_source=tally.last)
         tally.told(now)
 
     def _tell_accept_errors(self, now: float) -> None:

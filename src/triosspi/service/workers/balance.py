@@ -24,6 +24,8 @@ from typing import Final
 
 import trio
 
+from ..._accepting import remember
+
 #: Seconds that others have to take a connection. Waking up and accepting takes an idle worker a tenth of that.
 MOMENT: Final = 0.001
 #: How many in a row they get while they do take some.
@@ -147,11 +149,11 @@ class BalancedListener(trio.abc.Listener[trio.SocketStream]):
             await trio.lowlevel.wait_readable(self._sock)
             await self._let_others_go_first()
             try:
-                sock, _ = self._sock.accept()
+                sock, address = self._sock.accept()
             except BlockingIOError:
                 continue
             self._share.took_one()
-            return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+            return remember(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), address)
 
     async def _let_others_go_first(self) -> None:
         for _ in range(MOMENTS):
