@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import sys
@@ -17,7 +18,15 @@ import trio
 import trio.testing
 
 from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator, reset_at_close, reset_connection
-from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
+from triosspi import (
+    Acceptor,
+    Account,
+    ConfigurationError,
+    SSPIChannel,
+    WireFormat,
+    _accepting,
+    open_sspi_over_tcp_channel,
+)
 from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
 from triosspi.service import connection, shutting_down
@@ -487,6 +496,21 @@ async def test_who_cannot_be_told_from_a_proxy_is_dropped_unread(monkeypatch: py
         with pytest.raises(trio.BrokenResourceError):
             await running.client()
         assert running.told.all("dropped") == [("nothing_said", "unknown address", {})]
+
+
+async def test_why_nothing_can_be_accepted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    async def accept(listener: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await listener.accept()
+
+    monkeypatch.setattr(_accepting, "accept", accept)
+    async with serving() as running:
+        await (await running.client()).aclose()
+        ((error, _),) = running.told.all("accept_error")
+        assert error.errno == errno.EMFILE
 
 
 # Once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import socket
 import struct
 import sys
@@ -46,6 +47,7 @@ from triosspi import (
     serve_sspi_listeners,
     serve_sspi_over_tcp,
 )
+from triosspi._accepting import SHORTAGE_INTERVAL
 from triosspi._tcp import format_address, peer_address
 
 LOCALHOST = "127.0.0.1"
@@ -437,7 +439,34 @@ async def test_a_machine_out_of_something_is_given_time_and_the_server_goes_on(n
         # It must not spin meanwhile.
         assert trio.current_time() - start >= 0.3
     assert server.statistics.accept_errors == 3
-    assert server_log(caplog)[:3] == [("ERROR", "cannot accept: out of it; trying again in 0.1 s")] * 3
+    errors = [text for level, text in server_log(caplog) if level == "ERROR"]
+    assert len(errors) == 1
+    assert errors[0].startswith("cannot accept: out of it")
+
+
+async def test_a_shortage_that_lasts_is_told_now_and_then_with_a_count_and_so_is_its_end(autojump_clock, caplog):
+    # It fails ten times a second, and each time was a line.
+    async with serving(echo) as server:
+        for _ in range(int(SHORTAGE_INTERVAL * 25)):
+            server.listener.fail(OSError(errno.EMFILE, "Too many open files"))
+        await trio.sleep(SHORTAGE_INTERVAL * 3)
+        # Somebody leaves, the next one has his descriptor: that is not the end.
+        await assert_still_serves(server)
+        server.listener.fail(OSError(errno.EMFILE, "Too many open files"))
+        await trio.sleep(SHORTAGE_INTERVAL)
+        await assert_still_serves(server)
+        await assert_still_serves(server)
+        server.listener.fail(OSError(errno.ENFILE, "Too many open files in system"))
+        await trio.sleep(1)
+    assert server.statistics.accept_errors == SHORTAGE_INTERVAL * 25 + 2
+    told = [text for level, text in server_log(caplog) if level in ("ERROR", "WARNING")]
+    process = "cannot accept: Too many open files, this process's limit (ulimit -n, LimitNOFILE=); "
+    assert told[0] == process + "it is tried again and again"
+    times = [int(re.fullmatch(re.escape(process) + r"(\d+) times in the last 10 s", text)[1]) for text in told[1:3]]
+    assert times == pytest.approx([100, 100], abs=2)
+    assert told[-2].startswith("accepting again: it had failed 251 times in ")
+    assert told[-1].startswith("cannot accept: Too many open files in system, the machine's limit (fs.file-max); it is")
+    assert len(told) <= 6
 
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM], ids=errno.errorcode.get)

@@ -221,7 +221,7 @@ def test_everything_is_counted(audit: Audit) -> None:
     told.dropped("penalty", SOURCE)
     told.dropped("startups", SOURCE)
     told.dropped("a cause of the future", SOURCE)
-    told.accept_error()
+    told.accept_error(OSError(24, "Too many open files"))
     told.connections(3, 4)
     told.login(session_id=1, source=SOURCE, peer=BOB, seconds=0.002)
     told.login_refused(source=SOURCE, mechanism="ntlm", reason="no", seconds=0.002)
@@ -338,7 +338,7 @@ def test_what_is_not_told_yet_is_told_at_the_end(audit: Audit, clock: Clock) -> 
     told.close()
     assert audit.take() == [
         {"level": "warning", "event": "connections dropped", "cause": "draining", "count": 2, "last_source": SOURCE},
-        {"level": "error", "event": "accept failed", "cause": "Too many open files", "count": 2},
+        {"level": "error", "event": "accept failed", "cause": "Too many open files", "errno": "EMFILE", "count": 2},
     ]
 
 
@@ -407,7 +407,7 @@ def test_no_failure_reaches_the_server_and_only_the_first_is_told(
         monkeypatch.setattr(metrics, name, broken)
     told.accepted()
     told.dropped("penalty", SOURCE)
-    told.accept_error()
+    told.accept_error(OSError(24, "Too many open files"))
     told.connections(1, 1)
     told.login(session_id=1, source=SOURCE, peer=ALICE, seconds=1)
     told.login_refused(source=SOURCE, mechanism=None, reason="", seconds=1)

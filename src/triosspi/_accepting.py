@@ -23,6 +23,13 @@ ResourceT = TypeVar("ResourceT", bound=trio.abc.AsyncResource)
 # The machine is out of something, and may have it again soon.
 _CAPACITY_ERRNOS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _CAPACITY_PAUSE: Final = 0.1
+# Whose limit it is, where the system's own words do not tell.
+_LIMITS: Final = {
+    errno.EMFILE: ", this process's limit (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: ", the machine's limit (fs.file-max)",
+}
+#: Seconds between two lines that say that nothing can be accepted.
+SHORTAGE_INTERVAL: Final = 10.0
 # accept(2) under Linux passes on what happened to a connection before it was accepted.
 _CONNECTION_ERRNOS: Final = {
     getattr(errno, name)
@@ -55,7 +62,7 @@ async def accept_forever(
     listener: trio.abc.Listener[ResourceT],
     nursery: trio.Nursery,
     serve: Callable[[ResourceT], Awaitable[object]],
-    failed: Callable[[], None],
+    failed: Callable[[OSError], object],
 ) -> NoReturn:
     """Accept connections and start ``serve(connection)`` for each, whatever accept(2) says of single ones.
 
@@ -63,28 +70,69 @@ async def accept_forever(
       listener: is closed at the end.
       nursery: where the connections' tasks run.
       serve: serves one, and raises nothing.
-      failed: called when accept has failed.
+      failed: called with what accept(2) has said when it has failed.
 
     Raises:
       OSError: the listener itself is of no use.
     """
+    shortage = Shortage(log)
     async with listener:
         while True:
             try:
                 connection = await accept(listener)
             except OSError as exc:
-                failed()
+                failed(exc)
                 if exc.errno in _CAPACITY_ERRNOS:
-                    log.error(  # noqa: TRY400 - the reason is all there is to it
-                        "cannot accept: %s; trying again in %s s", exc.strerror, _CAPACITY_PAUSE
-                    )
+                    # Whoever waits stays in the kernel's queue, and is served when somebody has left. A spare descriptor to
+                    # accept and turn them away with would make a failure of each moment of shortage.
+                    shortage.failed(exc)
                     await trio.sleep(_CAPACITY_PAUSE)
                 elif exc.errno in _CONNECTION_ERRNOS:
                     log.info("a connection was gone before it was accepted: %s", exc.strerror)
                 else:
                     raise
             else:
+                shortage.succeeded()
                 nursery.start_soon(serve, connection)
+
+
+class Shortage:
+    """Says that nothing can be accepted: at once, then now and then, and in the end that it is over.
+
+    It fails ten times a second, and whoever leaves gives the next one his descriptor: so it is over when it has not failed
+    for as long as lies between two lines.
+
+    Args:
+      logger: where to say so.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._log = logger
+        self._since = self._told = self._last = 0.0
+        self._untold = self._count = 0
+
+    def failed(self, exc: OSError) -> None:
+        """Accepting has failed."""
+        self._last = now = trio.current_time()
+        self._count += 1
+        self._untold += 1
+        if self._count > 1 and now - self._told < SHORTAGE_INTERVAL:
+            return
+        what = f"{exc.strerror or exc}{_LIMITS.get(exc.errno or 0, '')}"
+        if self._count == 1:
+            self._since = now
+            self._log.error("cannot accept: %s; it is tried again and again", what)
+        else:
+            self._log.error("cannot accept: %s; %d times in the last %.0f s", what, self._untold, now - self._told)
+        self._told, self._untold = now, 0
+
+    def succeeded(self) -> None:
+        """Something was accepted."""
+        if self._count and trio.current_time() - self._last >= SHORTAGE_INTERVAL:
+            # A warning like the beginning: whoever reads of that must read of its end.
+            lasted = self._last - self._since
+            self._log.warning("accepting again: it had failed %d times in %.0f s", self._count, lasted)
+            self._count = self._untold = 0
 
 
 async def accept(listener: trio.abc.Listener[ResourceT]) -> ResourceT:

@@ -218,7 +218,7 @@ async def serve_sspi_listeners(
     counts = statistics if statistics is not None else ServerStatistics()
     serve = partial(serve_connection, handler=handler, handshake_timeout=handshake_timeout, counts=counts)
 
-    def failed() -> None:
+    def failed(_: OSError) -> None:
         counts.accept_errors += 1
 
     async with trio.open_nursery() as nursery:

@@ -22,6 +22,7 @@ from .._tcp import Handler, TCPChannel, format_address
 from .apps import Greet
 from .config.assembly import choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
+from .config.fitting import fitted, misfits
 from .config.options import OptionError
 from .config.settings import Limits, Settings
 from .demo import DemoAccount
@@ -53,23 +54,36 @@ class Program:
       sources: what the configuration is read from, at the start and at each reload.
       demo: who may log in by NTLM where the configuration names nobody.
       share: of so many processes this is one, and may take that part of what all connections together may.
+      descriptors: how many files each process may open; None: as many as it likes.
     """
 
     sources: Sources
     demo: DemoAccount | None = None
     share: int = 1
+    descriptors: int | None = None
 
-    def load(self) -> Loaded:
+    def load(self, *, tell: bool = False) -> Loaded:
         """Read the configuration, and make of it what is needed.
+
+        Args:
+          tell: log what of it does not fit.
 
         Raises:
           ConfigurationError: something in it is wrong, or a file that it names.
         """
         configuration = self.sources.load()
         try:
-            return self.make(configuration)
+            loaded = self.make(configuration)
         except OptionError as exc:
             raise ConfigurationError(configuration.explain(exc)) from None
+        if tell:
+            self.tell_misfits(configuration.settings)
+        return loaded
+
+    def tell_misfits(self, settings: Settings) -> None:
+        """Log what of the settings does not fit."""
+        for misfit in misfits(settings, self.descriptors):
+            log.warning("%s", misfit)
 
     def make(self, configuration: Configuration) -> Loaded:
         """The same of a configuration that was read already.
@@ -80,7 +94,9 @@ class Program:
         """
         settings = configuration.settings
         return Loaded(
-            settings=msgspec.structs.replace(settings, limits=_part(settings.limits, self.share)),
+            settings=msgspec.structs.replace(
+                settings, limits=fitted(_part(settings.limits, self.share), self.descriptors)
+            ),
             acceptor=make_acceptor(settings.accept, None if self.demo is None else self.demo.table()),
             impersonation=make_impersonation(settings.impersonation),
             files=tuple(_files(settings, self.sources)),
@@ -117,7 +133,7 @@ class Program:
                     make_tracer=make_tracer,
                     sole=sole,
                     once=once,
-                    reload=self.load,
+                    reload=partial(self.load, tell=True),
                 )
                 _settle()
                 return await server.run(partial(started, listeners))
@@ -184,7 +200,7 @@ class Program:
     def reload_for_workers(self) -> bytes:
         """See `Supervisor`."""
         # They read it themselves; a broken one is refused here, once, before any of them is told.
-        self.load()
+        self.load(tell=True)
         return pickle.dumps(self)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,9 +17,12 @@ from ..._errors import ConfigurationError
 from ...security.accounts import AccountTable
 from ..config.assembly import choose_app, make_acceptor, make_account_map, needs_demo_account
 from ..config.configuration import CONFIG_VARIABLE, Configuration, ConfigurationErrors, Sources
+from ..config.fitting import descriptor_limit, misfits
 from ..config.options import Option, OptionError
 from ..config.settings import SECTIONS, all_options
 from .common import log_to_stderr
+
+log = logging.getLogger("triosspi.server")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -148,7 +152,8 @@ def check_config(context: click.Context, /, **_values: object) -> None:
 
     A flag wins over a TRIOSSPI_ variable (--idle-timeout: TRIOSSPI_IDLE_TIMEOUT; several values are
     separated by commas), a variable over the file, the file over the default. APP is imported, and the
-    account file, the keytab and the account map are read, but nothing is bound or changed.
+    account file, the keytab and the account map are read, but nothing is bound or changed. What would not fit
+    into the limits that this process has is a warning.
     """
     log_to_stderr()
     configuration = load_configuration(context)
@@ -156,6 +161,9 @@ def check_config(context: click.Context, /, **_values: object) -> None:
         click.echo(line)
     settings = configuration.settings
     demo = AccountTable() if needs_demo_account(settings.accept) else None
+    # Of the limits here: a service manager may set others.
+    for misfit in misfits(settings, descriptor_limit(hard=True)):
+        log.warning("%s", misfit)
     errors = []
     for check in (
         partial(choose_app, settings),

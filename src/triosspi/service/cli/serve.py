@@ -14,6 +14,7 @@ import trio
 
 from ...security.spnego_compat import allow_token_logging
 from ..config.assembly import app_name, choose_app, needs_demo_account
+from ..config.fitting import descriptor_limit, raise_descriptor_limit
 from ..config.options import OptionError
 from ..config.settings import Serve
 from ..demo import DemoAccount
@@ -63,13 +64,15 @@ def serve(context: click.Context, /, *, once: bool, verbose: bool, dump_tokens: 
     if several and (once or verbose or dump_tokens):
         raise click.UsageError("--once, --verbose and --dump-tokens are for one process: add --workers 1", context)
     demo = DemoAccount.make() if needs_demo_account(settings.accept) else None
-    program = Program(sources=configuration.sources, demo=demo)
+    raise_descriptor_limit()
+    program = Program(sources=configuration.sources, demo=demo, descriptors=descriptor_limit())
     try:
         # Whatever is wrong with it is to be told now, and where it was given; a worker could only die of it.
         choose_app(settings)
         loaded = program.make(configuration)
     except OptionError as exc:
         raise explained(configuration, exc, context) from None
+    program.tell_misfits(settings)
     started = partial(_print_started, settings.serve, demo, transcript=verbose or dump_tokens)
     if several:
         trio.run(program.supervise, settings, started)

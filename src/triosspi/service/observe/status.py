@@ -25,6 +25,7 @@ from typing import Final, Self
 
 import trio
 
+from ..._accepting import Shortage
 from ..._errors import ConfigurationError
 from ..._tcp import format_address
 from ..reasons import reason
@@ -159,6 +160,7 @@ class StatusServer:
         with self._scope:
             # Of its own descriptor: whoever closes this object closes the port, whatever became of the thread.
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._socket.dup()))
+            shortage = Shortage(log)
             async with listener, trio.open_nursery() as nursery:
                 self._runs.set()
                 while True:
@@ -166,9 +168,10 @@ class StatusServer:
                         stream = await listener.accept()
                     except OSError as exc:
                         # The process has no descriptors left, or a connection was gone already.
-                        log.warning("cannot accept: %s", exc.strerror)
+                        shortage.failed(exc)
                         await trio.sleep(_PAUSE)
                     else:
+                        shortage.succeeded()
                         scope = self._admit()
                         nursery.start_soon(self._connection, stream, scope)
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import time
@@ -110,8 +111,10 @@ class Telemetry:
     ``session ended`` (info; warning where the connection was lost or the handler failed)
       ``session_id``, ``source``, ``principal``, ``mechanism``, ``flags``, ``enctype``, ``sid``, ``outcome``, ``error``,
       ``messages_received``, ``messages_sent``, ``bytes_received``, ``bytes_sent`` (plaintext) and ``seconds``.
-    ``connections dropped`` (warning; info for ``nothing_said``, which health checks are), ``accept failed`` (error)
+    ``connections dropped`` (warning; info for ``nothing_said``, which health checks are)
       ``cause``, ``count`` since the last such line, and ``last_source``: one line per cause every few seconds at most.
+    ``accept failed`` (error)
+      ``cause`` and ``errno`` (such as ``EMFILE``) of the last failure, and ``count``: one line every few seconds at most.
 
     Args:
       metrics: counts it all; None counts nothing.
@@ -136,6 +139,7 @@ class Telemetry:
         self._audit = get_logger("triosspi.audit")
         self._dropped = {cause: _Tally() for cause in DROP_CAUSES}
         self._accept_errors = _Tally()
+        self._accept_errno: str | None = None
         self._refused = _Tally()
         self._refusals_left = _REFUSALS_AT_ONCE
         self._refusals_at = clock()
@@ -161,11 +165,12 @@ class Telemetry:
             self._tell_dropped(cause, tally, now)
 
     @_unfailing
-    def accept_error(self, error: OSError | None = None) -> None:
+    def accept_error(self, error: OSError) -> None:
         """accept(2) has failed; what it said."""
         if self._metrics is not None:
             self._metrics.accept_error()
-        self._accept_errors.add(str(error.strerror) if error is not None else "")
+        self._accept_errors.add(error.strerror or str(error))
+        self._accept_errno = errno.errorcode.get(error.errno or 0)
         if self._accept_errors.next_at <= (now := self._clock()):
             self._tell_accept_errors(now)
 
@@ -317,7 +322,7 @@ class Telemetry:
 
     def _tell_accept_errors(self, now: float) -> None:
         tally = self._accept_errors
-        self._audit.error("accept failed", cause=tally.last, count=tally.count)
+        self._audit.error("accept failed", cause=tally.last, errno=self._accept_errno, count=tally.count)
         tally.told(now)
 
     def _tell_refused(self, now: float) -> None:
