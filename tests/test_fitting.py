@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,20 @@ def test_a_backlog_that_the_kernel_cuts_is_told(tmp_path: Path, monkeypatch: pyt
     # As many as the kernel lets.
     (tmp_path / "somaxconn").write_text("1\n")
     assert not [*misfits(settings(1), None)]
+
+
+def test_proxies_by_address_where_nobody_has_one_are_told(tmp_path: Path) -> None:
+    proxies = (ip_network("10.0.0.0/8"),)
+    sockets = (tmp_path / "socket",)
+    (text,) = misfits(settings(1, listen=Listen(unix=sockets, proxy_from=proxies)), None)
+    assert text.startswith("proxy_from has no effect")
+    for listen in (
+        Listen(unix=sockets),
+        Listen(unix=sockets, proxy_from=proxies, proxy_unix=True),
+        Listen(unix=sockets, hosts=("127.0.0.1",), proxy_from=proxies),
+        Listen(proxy_from=proxies),
+    ):
+        assert not [*misfits(settings(1, listen=listen), None)]
 
 
 # The program

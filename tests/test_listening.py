@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import socket
 import stat
 import subprocess
@@ -179,6 +180,125 @@ async def test_a_machine_without_ipv6_is_served_on_ipv4_unless_ipv6_was_asked_fo
         assert [listener.socket.getsockname()[0] for listener in listeners] == ["0.0.0.0"]
     with pytest.raises(ConfigurationError, match=r"^cannot listen on \[::1\]:\d+: "):
         await open_listeners(Where(hosts=(LOCAL, "::1")), {})
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """A machine that has not these addresses, as a container has no ::1."""
+
+    class Socket(socket.socket):
+        def bind(self, address: Any) -> None:
+            if address[0] in missing:
+                raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Socket)
+
+
+@pytest.mark.parametrize("missing", ["127.0.0.2", LOCAL, "127.0.0.3"])
+async def test_of_the_addresses_of_a_name_those_are_bound_that_the_machine_has_and_the_others_are_told(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nothing_left_open: None
+) -> None:
+    # "localhost" in Docker: /etc/hosts has ::1, and there is no IPv6.
+    addresses = [LOCAL, "127.0.0.2", "127.0.0.3"]
+    trio.socket.set_custom_hostname_resolver(Names(*addresses))
+    without(monkeypatch, missing)
+    async with listening_on(Where(hosts=("everywhere",))) as listeners:
+        names = [listener.socket.getsockname() for listener in listeners]
+    assert [name[0] for name in names] == [address for address in addresses if address != missing]
+    assert len({name[1] for name in names}) == 1
+    (text,) = [record.getMessage() for record in caplog.records if record.name == "triosspi.server"]
+    port = names[0][1]
+    assert text == f"not listening on {missing}:{port}, an address of 'everywhere': Cannot assign requested address"
+
+
+async def test_an_address_that_was_written_down_or_a_name_with_no_other_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, nothing_left_open: None
+) -> None:
+    trio.socket.set_custom_hostname_resolver(Names("127.0.0.2", "127.0.0.3"))
+    without(monkeypatch, "127.0.0.2", "127.0.0.3")
+    for hosts in ((LOCAL, "127.0.0.2"), ("127.0.0.2", LOCAL), ("everywhere",), (LOCAL, "everywhere")):
+        with pytest.raises(ConfigurationError, match=r"^cannot listen on .*: Cannot assign requested address; choose"):
+            await open_listeners(Where(hosts=hosts), {})
+
+
+async def test_another_error_of_one_of_the_addresses_of_a_name_is_one(nothing_left_open: None) -> None:
+    trio.socket.set_custom_hostname_resolver(Names("127.77.0.3", "127.77.0.4"))
+    with socket.socket() as taken:
+        taken.bind(("127.77.0.4", 0))
+        taken.listen()
+        with pytest.raises(ConfigurationError, match="Address already in use"):
+            await open_listeners(Where(hosts=("everywhere",), port=taken.getsockname()[1]), {})
+
+
+async def test_workers_with_sockets_of_their_own_have_those_addresses_too(
+    monkeypatch: pytest.MonkeyPatch, nothing_left_open: None
+) -> None:
+    trio.socket.set_custom_hostname_resolver(Names("127.0.0.2", LOCAL))
+    without(monkeypatch, "127.0.0.2")
+    rows = await reuse_port_sockets(Where(hosts=("everywhere",)), 3, {})
+    assert [[listener.socket.getsockname()[0] for listener in row] for row in rows] == [[LOCAL]] * 3
+    for row in rows:
+        await close_listeners(row)
+
+
+# Takes the IPv6 address from loopback, in a network of its own and nowhere else.
+WITHOUT_IPV6 = """
+import fcntl, os, socket, struct, sys
+import trio
+from triosspi import open_sspi_over_tcp_listeners
+from triosspi.service.config.settings import Listen
+from triosspi.service.network.listening import open_listeners, where
+from triosspi.service.observe.status import Health, StatusServer
+from harness import make_acceptor
+
+if os.readlink("/proc/self/ns/net") == sys.argv[1]:
+    sys.exit("this is not a network of our own")
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    fcntl.ioctl(sock, 0x8914, struct.pack("16sh14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
+with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+    fcntl.ioctl(sock, 0x8936, socket.inet_pton(socket.AF_INET6, "::1") + struct.pack("Ii", 128, 1))  # SIOCDIFADDR
+
+async def main():
+    for listener in await open_listeners(Listen(hosts=("two",), port=2000)):
+        print(where(listener))
+    for listener in await open_sspi_over_tcp_listeners(2001, make_acceptor(), host="two"):
+        print(where(listener.transport_listener))
+
+found = socket.getaddrinfo
+
+def getaddrinfo(host, port, *args, **options):
+    if host not in ("two", b"two"):
+        return found(host, port, *args, **options)
+    return [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)),
+    ]
+
+socket.getaddrinfo = getaddrinfo
+trio.run(main)
+with StatusServer(("two", 2002), Health()) as status:
+    print(*status.address, sep=":")
+"""
+
+
+def test_a_name_with_an_ipv6_address_is_listened_on_where_the_machine_has_ipv6_and_not_the_address() -> None:
+    here = Path("/proc/self/ns/net")
+    inside = ["unshare", "--user", "--map-root-user", "--net"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*inside, "true"], check=False, capture_output=True).returncode
+    ):
+        pytest.skip("no network of one's own can be had here")
+    ended = subprocess.run(
+        [*inside, sys.executable, "-W", "ignore::ResourceWarning", "-c", WITHOUT_IPV6, os.readlink(here)],
+        env={**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout.split()) == (0, [f"127.0.0.1:{port}" for port in (2000, 2001, 2002)]), (
+        ended.stderr
+    )
 
 
 async def test_a_port_in_use_is_an_error_and_what_was_bound_already_is_free_again(nothing_left_open: None) -> None:

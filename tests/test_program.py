@@ -5,18 +5,22 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from programs import running
 from triosspi import ConfigurationError, Initiator, open_sspi_over_tcp_channel
-from triosspi.service import account_editor
+from triosspi.service import account_editor, program
 from triosspi.service.config.configuration import Sources
+from triosspi.service.config.settings import Listen, Settings
 from triosspi.service.demo import DemoAccount
 from triosspi.service.program import Program
 
@@ -63,6 +67,25 @@ def test_a_contradiction_between_options_is_told_with_its_place(tmp_path: Path, 
     sources = configured(tmp_path, '[accept]\naccounts = "accounts"\n[impersonation]\nimpersonate = true\n')
     with pytest.raises(ConfigurationError, match=r"t\.toml:4: impersonation\.impersonate needs account_map"):
         Program(sources=sources).load()
+
+
+def test_proxies_by_address_are_told_where_systemd_has_opened_unix_sockets_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(sockets: list[socket.socket], **listen: Any) -> bool:
+        listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
+        caplog.clear()
+        program._tell_unproxied(Settings(listen=Listen(**listen)), listeners)
+        return "proxy_from has no effect" in caplog.text
+
+    proxies = (ip_network("10.0.0.0/8"),)
+    with socket.socket(socket.AF_UNIX) as unix, socket.create_server(("127.0.0.1", 0)) as tcp:
+        unix.bind(str(tmp_path / "socket"))
+        unix.listen()
+        assert told([unix], proxy_from=proxies)
+        assert not told([unix], proxy_from=proxies, proxy_unix=True)
+        assert not told([unix], proxy_from=())
+        assert not told([unix, tcp], proxy_from=proxies)
 
 
 def get(address: str, path: str) -> tuple[int, str]:

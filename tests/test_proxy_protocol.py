@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import socket
 import struct
@@ -20,9 +21,12 @@ import pytest
 import trio
 import trio.testing
 
-from harness import ScriptedStream, make_acceptor, random_pieces
+from harness import PASSWORD, ScriptedStream, make_acceptor, make_initiator, random_pieces
 from peers.requirements import require
-from triosspi import RemoteProtocolError, SSPIChannel
+from programs import running
+from triosspi import RemoteProtocolError, SSPIChannel, open_sspi_over_tcp_channel
+from triosspi._tcp import format_address
+from triosspi.service import account_editor
 from triosspi.service.network.proxy_protocol import (
     HeaderReader,
     ProxyError,
@@ -432,6 +436,8 @@ def test_a_header_is_expected_from_those_on_the_list_only(address: Any, expected
     networks = [ip_network("192.0.2.0/24"), ip_network("2001:db8::/32"), ip_network("::ffff:198.51.100.0/120")]
     assert ProxyProtocol(networks).expected_from(address) is expected
     assert not ProxyProtocol().expected_from(address)
+    # By a flag of their own.
+    assert ProxyProtocol(networks, unix=True).expected_from(address) is (expected or address is None)
 
 
 @pytest.mark.parametrize("header", [GOOD["v1 TCP4"][0], GOOD["v2 IPv4"][0], GOOD["v2 LOCAL"][0]])
@@ -468,17 +474,18 @@ class HAProxy:
         return shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
     @contextmanager
-    def before(self, port: int, options: str, front: socket.socket, directory: Path) -> Iterator[None]:
-        """Run it before a server on this port.
+    def before(self, server: int | Path, options: str, front: socket.socket, directory: Path) -> Iterator[None]:
+        """Run it before a server on this port, or this unix socket.
 
         HAProxy does not tell what port it was given, so it is given a socket: `fd@N`. That listens
         already, so nobody need wait until HAProxy does.
         """
+        address = f"127.0.0.1:{server}" if isinstance(server, int) else f"unix@{server}"
         configuration = directory / "haproxy.cfg"
         configuration.write_text(
             "global\n    log stderr format raw local0\n"
             "defaults\n    mode tcp\n    timeout connect 30s\n    timeout client 30s\n    timeout server 30s\n"
-            f"listen test\n    bind fd@{front.fileno()}\n    server trio 127.0.0.1:{port} {options}\n"
+            f"listen test\n    bind fd@{front.fileno()}\n    server trio {address} {options}\n"
         )
         program = self._program()
         assert program is not None
@@ -615,3 +622,28 @@ async def test_haproxys_health_check_speaks_for_itself_and_closes(
         assert str(header.address) == "127.0.0.1"
     else:
         assert header == ProxyHeader(2, local=True)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_haproxy_names_its_clients_on_a_unix_socket_and_checks_there(
+    workers: str, haproxy: HAProxy, tmp_path: Path
+) -> None:
+    # The list of proxies is about addresses, and was without effect there, without a word.
+    account_editor.add(tmp_path / "accounts", "DOM\\alice", PASSWORD)
+    path = tmp_path / "socket"
+    arguments = ["serve", "--wire", "framed", "--unix", path, "--proxy-unix", "--accounts", tmp_path / "accounts"]
+    with ExitStack() as stack:
+        server = stack.enter_context(running(*arguments, "--workers", workers))
+        await trio.to_thread.run_sync(server.expect, "serving echo")
+        front = stack.enter_context(front_socket("ipv4", tmp_path))
+        options = "send-proxy-v2 check inter 100ms check-send-proxy"
+        stack.enter_context(haproxy.before(path, options, front, tmp_path))
+        with trio.fail_after(30):
+            async with await open_sspi_over_tcp_channel(*front.getsockname(), make_initiator()) as channel:
+                await channel.send(b"hello")
+                assert await channel.receive() == b"hello"
+                source = format_address(*channel.transport_stream.socket.getsockname())
+        await trio.to_thread.run_sync(server.expect, rf"INFO {re.escape(source)}: .*: login ", "err")
+        await trio.to_thread.run_sync(server.expect, "INFO .*connections dropped: nothing_said", "err")
+        assert "refused" not in server.err
+        assert server.stop() == 0

@@ -442,6 +442,25 @@ async def test_a_proxy_tells_who_the_client_is() -> None:
         assert [event[0] for event in running.told.all("dropped")] == ["proxy_header"]
 
 
+async def test_a_proxy_on_a_unix_socket_tells_who_the_client_is_where_that_is_what_connects_there(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "socket"
+    async with serving(listen=Listen(unix=(path,), proxy_unix=True)) as running:
+        stream = await trio.open_unix_socket(path)
+        await stream.send_all(HEADER)
+        channel: SSPIChannel[Any] = SSPIChannel(stream, make_initiator())
+        await channel.do_handshake()
+        assert running.told.all("login")[0][0]["source"] == "192.0.2.7:4242"
+        await channel.aclose()
+        # Without the header.
+        channel = SSPIChannel(await trio.open_unix_socket(path), make_initiator())
+        with pytest.raises(trio.BrokenResourceError):
+            await channel.do_handshake()
+        await channel.aclose()
+        assert running.told.all("dropped") == [("proxy_header", "unix", {})]
+
+
 HEADER = b"PROXY TCP4 192.0.2.7 192.0.2.8 4242 2000\r\n"
 # The balancer's own, of its health checks.
 LOCAL_HEADER = b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -394,6 +394,23 @@ async def test_an_error_of_ours_ends_one_connection(
     assert await client.receive_some() == b""
     assert "a request of the status port has failed" in caplog.text
     assert server._open == {}
+
+
+@pytest.mark.parametrize("addresses", [["192.0.2.1", LOCAL[0]], [LOCAL[0], "192.0.2.1"]])
+def test_of_a_name_the_first_address_that_the_machine_has_is_taken(
+    addresses: list[str], health: Health, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # "localhost" is ::1, too, where a container has no IPv6.
+    def resolve(_: str, port: int, **_options: Any) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", resolve)
+        server = StatusServer(("two", 0), health)
+    assert server.address[0] == LOCAL[0]
+    server.close()
+    with pytest.raises(ConfigurationError, match="Cannot assign requested address"):
+        StatusServer(("192.0.2.1", 0), health)
 
 
 def test_when_accept_fails_it_is_tried_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import socket
 import struct
@@ -797,6 +798,31 @@ async def test_by_default_all_interfaces_are_listened_on():
         await listener.aclose()
     assert "0.0.0.0" in hosts
     assert hosts <= {"0.0.0.0", "::"}
+
+
+class TwoAddresses(trio.abc.HostnameResolver):
+    """A machine has 127.0.0.1, and this name says two."""
+
+    def __init__(self, other: str) -> None:
+        self._other = other
+
+    async def getaddrinfo(self, host: Any, port: Any, *_args: Any) -> Any:
+        assert host == b"two"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in (self._other, LOCALHOST)]
+
+    async def getnameinfo(self, *_args: Any) -> Any:
+        raise AssertionError
+
+
+async def test_of_the_addresses_of_a_name_those_are_listened_on_that_the_machine_has(caplog):
+    # TEST-NET-1, which nobody has; as ::1 is "localhost" where there is no IPv6.
+    trio.socket.set_custom_hostname_resolver(TwoAddresses("192.0.2.1"))
+    (listener,) = await open_sspi_over_tcp_listeners(0, make_acceptor(), host="two")
+    async with listener:
+        assert listener.transport_listener.socket.getsockname()[0] == LOCALHOST
+    assert [level for level, text in server_log(caplog) if "not listening on 192.0.2.1" in text] == ["WARNING"]
+    with pytest.raises(OSError, match=os.strerror(errno.EADDRNOTAVAIL)):
+        await open_sspi_over_tcp_listeners(0, make_acceptor(), host="192.0.2.1")
 
 
 async def test_opening_a_channel_is_lazy():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +15,7 @@ import trio
 
 from ._accepting import accept_forever, peername
 from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
-from ._errors import ImpersonationError, TruncatedError
+from ._errors import ImpersonationError, TruncatedError, printable
 from ._listener import SSPIListener
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
@@ -111,7 +113,8 @@ async def open_sspi_over_tcp_listeners(
     Args:
       port: TCP port; 0 lets the system choose.
       acceptor: what clients authenticate with.
-      host: name or address to bind; None binds all interfaces, IPv4 and IPv6.
+      host: name or address to bind, of a name all addresses that this machine has; None binds all interfaces, IPv4 and
+        IPv6.
       wire: see `SSPIChannel`.
       max_message_size: see `SSPIChannel`.
       run_blocking: see `SSPIChannel`.
@@ -134,8 +137,39 @@ async def open_sspi_over_tcp_listeners(
             make_tracer=make_tracer,
             impersonation=impersonation,
         )
-        for listener in await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+        for listener in await _open_tcp_listeners(port, host, backlog)
     ]
+
+
+async def _open_tcp_listeners(port: int, host: str | None, backlog: int | None) -> list[trio.SocketListener]:
+    """As `trio.open_tcp_listeners`, but of several addresses of a name it may be that this machine has not all.
+
+    In /etc/hosts "localhost" is ::1, too, where a container has no IPv6.
+    """
+    try:
+        return await trio.open_tcp_listeners(port, host=host, backlog=backlog)
+    except OSError as exc:
+        if exc.errno != errno.EADDRNOTAVAIL or host is None:
+            raise
+        missing = exc
+    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
+    listeners: list[trio.SocketListener] = []
+    with ExitStack() as undo:
+        for address in dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found):
+            try:
+                opened = await trio.open_tcp_listeners(port, host=address, backlog=backlog)
+            except OSError as exc:
+                if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                log.warning("not listening on %s, an address of %s: %s", address, printable(host), exc.strerror)
+            else:
+                for listener in opened:
+                    undo.callback(listener.socket.close)
+                listeners += opened
+        undo.pop_all()
+    if not listeners:
+        raise missing
+    return listeners
 
 
 async def serve_sspi_over_tcp(

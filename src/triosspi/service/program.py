@@ -22,11 +22,12 @@ from .._tcp import Handler, TCPChannel, format_address
 from .apps import Greet
 from .config.assembly import choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
-from .config.fitting import fitted, misfits
+from .config.fitting import UNPROXIED, fitted, misfits
 from .config.options import OptionError
 from .config.settings import Limits, Settings
 from .demo import DemoAccount
 from .network.listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
+from .network.unix_sockets import UNIX
 from .observe.logs import configure as configure_logs
 from .observe.metrics import Metrics, WorkerMetrics
 from .observe.notify import Notifier
@@ -116,6 +117,7 @@ class Program:
         # systemd has its sockets open too, and gives what is queued to whom it starts next.
         sole = "LISTEN_FDS" not in os.environ
         listeners = await open_listeners(settings.listen)
+        _tell_unproxied(settings, listeners)
         try:
             health = Health()
             metrics = None if settings.metrics.metrics is None else Metrics()
@@ -173,6 +175,7 @@ class Program:
         else:
             places = [await open_listeners(settings.listen)] * workers.workers
         listeners = list(dict.fromkeys(listener for place in places for listener in place))
+        _tell_unproxied(settings, listeners)
         try:
             with ExitStack() as stack:
                 health = Health()
@@ -212,6 +215,14 @@ def _settle() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _tell_unproxied(settings: Settings, listeners: Sequence[trio.SocketListener]) -> None:
+    """Of sockets that systemd has opened, what `misfits` cannot know."""
+    listen = settings.listen
+    given = not listen.unix and all(listener.socket.family == UNIX for listener in listeners)
+    if given and listen.proxy_from and not listen.proxy_unix:
+        log.warning("%s", UNPROXIED)
 
 
 def _show_status(stack: ExitStack, server: StatusServer) -> None:

@@ -124,7 +124,7 @@ class Server:
             max_message_size=settings.serve.max_message_size,
             limits=settings.limits,
             keepalive=settings.listen.keepalive,
-            proxies=ProxyProtocol(settings.listen.proxy_from),
+            proxies=ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix),
             admission=Admission(settings.limits, clock=time.monotonic, random=random.SystemRandom()),
             sessions=sessions,
             telemetry=telemetry,
@@ -244,7 +244,7 @@ class Server:
         service.limits = settings.limits
         service.admission.reconfigure(settings.limits)
         service.keepalive = settings.listen.keepalive
-        service.proxies = ProxyProtocol(settings.listen.proxy_from)
+        service.proxies = ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix)
         configure_logs(settings.log.log_level, settings.log.log_format)
         if names := only_by_restart(old, settings):
             log.warning("a restart is needed for what has changed in %s", ", ".join(names))

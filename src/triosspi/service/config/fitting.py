@@ -1,4 +1,4 @@
-"""What the system lets this program have, and what of the settings does not fit into that."""
+"""What the system lets this program have, and what of the settings will not be as they say."""
 
 # A connection is a descriptor. Where the limit on descriptors comes before `max_connections`, that cap is never met: accept(2)
 # fails instead, and with it everything else that opens a file, the account file and the keytab included. So the program
@@ -25,6 +25,12 @@ if sys.platform != "win32":
 #: Descriptors that a process needs beside its connections: two for each of the 40 threads that may look at keytabs, account
 #: files and replay caches at the same time, 32 for who asks for metrics, 16 for sockets, event loops and what they wake with.
 RESERVED: Final = 128
+
+#: What there is to say where `proxy_from` is given, and all sockets are unix sockets.
+UNPROXIED: Final = (
+    "proxy_from has no effect: it is about addresses, and only unix sockets are listened on; set proxy_unix, if whoever "
+    "connects to them is a proxy"
+)
 
 # macOS has no hard limit, and takes no soft one that is greater (OPEN_MAX).
 _OPEN_MAX: Final = 10240
@@ -84,6 +90,9 @@ def misfits(settings: Settings, descriptors: int | None) -> Iterator[str]:
     backlog, most = settings.listen.backlog, _somaxconn()
     if backlog is not None and most is not None and backlog > most:
         yield f"backlog = {backlog} does not fit: the kernel lets {most} wait; raise net.core.somaxconn, or lower backlog"
+    listen = settings.listen
+    if listen.proxy_from and not listen.proxy_unix and listen.unix and not listen.hosts:
+        yield UNPROXIED
 
 
 def _room(descriptors: int) -> int:

@@ -77,6 +77,9 @@ class Listen(Section, frozen=True, kw_only=True):
         tuple[IPNetwork, ...],
         About("Who may send a PROXY header, and must.", kinds.NETWORK, unset="nobody"),
     ] = ()
+    proxy_unix: Annotated[bool, About("Who connects to a unix socket is a proxy, too, and must send that header.")] = (
+        False
+    )
 
 
 class Accept(Section, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import socket
@@ -22,18 +23,20 @@ from weakref import WeakKeyDictionary
 import trio
 
 from ..._accepting import peername, remember
-from ..._errors import ConfigurationError
+from ..._errors import ConfigurationError, printable
 from ..._tcp import format_address
 from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
 from .descriptors import inherited_listeners
 from .unix_sockets import UNIX, SocketFile, open_unix_socket
 
+log = logging.getLogger("triosspi.server")
+
 #: All interfaces, as the sample's INADDR_ANY, and IPv6 too.
 ANY_HOST: Final = ("0.0.0.0", "::")  # noqa: S104 - a server
 
-# What binding says where the machine has no IPv6.
-_NO_SUCH_FAMILY: Final = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+# What binding says where the machine has no IPv6, or not this address.
+_NO_SUCH_ADDRESS: Final = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 # The most that every system takes; each cuts it to what it allows.
 _LONGEST_BACKLOG: Final = 0xFFFF
 # Port 0: how often to ask for another where the first address's choice is taken on the second.
@@ -212,21 +215,49 @@ async def _bind_all(
     port = settings.port
     for host in settings.hosts or ANY_HOST:
         try:
-            for family, address in await _resolve(host, port):
-                # The system's choice for the first address serves the others too.
-                address_and_port = (address[0], port, *address[2:])
-                sockets = _bind(family, address_and_port, settings, count, undo, reuse_port=reuse_port)
+            for sockets in await _bind_host(host, port, settings, count, undo, reuse_port=reuse_port):
                 for row, sock in zip(rows, sockets, strict=True):
                     row.append(_listener(sock))
+                # The system's choice for the first address serves the others too.
                 port = sockets[0].getsockname()[1]
         except OSError as exc:
-            if not settings.hosts and rows[0] and exc.errno in _NO_SUCH_FAMILY:
+            if not settings.hosts and rows[0] and exc.errno in _NO_SUCH_ADDRESS:
                 continue
-            taken = exc.errno == errno.EADDRINUSE and port != settings.port
+            taken = exc.errno == errno.EADDRINUSE and not settings.port
             raise _cannot_listen(format_address(host, port), reason(exc), taken=taken) from None
         except UnicodeError:
             raise _cannot_listen(format_address(host, port), "no host can be called so") from None
     return rows
+
+
+async def _bind_host(
+    host: str, port: int, settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
+) -> list[list[socket.socket]]:
+    """Bind ``count`` sockets to each address of a host, as far as this machine has it.
+
+    A name may have one that it has not: in /etc/hosts "localhost" is ::1, too, where a container has no IPv6.
+
+    Raises:
+      OSError: it has none of them, or one of them cannot be bound.
+    """
+    found: list[list[socket.socket]] = []
+    missing: list[tuple[str, OSError]] = []
+    for family, address in await _resolve(host, port):
+        try:
+            sockets = _bind(family, (address[0], port, *address[2:]), settings, count, undo, reuse_port=reuse_port)
+        except OSError as exc:
+            if exc.errno not in _NO_SUCH_ADDRESS:
+                raise
+            missing.append((address[0], exc))
+        else:
+            found.append(sockets)
+            port = sockets[0].getsockname()[1]
+    if not found:
+        raise missing[0][1]
+    for skipped, error in missing:
+        place = format_address(skipped, port)
+        log.warning("not listening on %s, an address of %s: %s", place, printable(host), reason(error))
+    return found
 
 
 async def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
@@ -275,7 +306,12 @@ def _bind(
         if sockets:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             address = sockets[0].getsockname()
-        sock.bind(address)
+        try:
+            sock.bind(address)
+        except OSError:
+            # It may be forgiven, and then nobody undoes anything.
+            sock.close()
+            raise
         if reuse_port and not sockets:
             # Only now: with it, binding would succeed beside another server of the same user, and the two
             # would share the clients between them.

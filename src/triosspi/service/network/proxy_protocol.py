@@ -108,14 +108,16 @@ class ProxyProtocol:
 
     Args:
       networks: where the proxies are. Nobody else is asked for a header, nor believed one.
+      unix: whoever connects to a unix socket is one, too.
     """
 
-    def __init__(self, networks: Iterable[IPNetwork] = ()) -> None:
+    def __init__(self, networks: Iterable[IPNetwork] = (), *, unix: bool = False) -> None:
         self._networks = canonical_networks(networks)
+        self._unix = unix
 
     def expected_from(self, address: IPAddress | None) -> bool:
-        """Whether who connects from this address must send a header; None is a unix socket, which never does."""
-        return address is not None and is_in(unmapped(address), self._networks)
+        """Whether who connects from this address must send a header; None is a unix socket."""
+        return self._unix if address is None else is_in(unmapped(address), self._networks)
 
     async def read_header(self, stream: trio.abc.ReceiveStream) -> tuple[IPAddress | None, str] | None:
         """Read a header, and nothing behind it. The caller sets the deadline.

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import errno
 import logging
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import trio
 
@@ -235,6 +236,18 @@ class StatusServer:
         return HTTPStatus.NOT_FOUND, b"not found\n", _TEXT
 
 
+def _bind_first(found: Sequence[tuple[Any, ...]]) -> socket.socket:
+    """Listen on the first address of a name that this machine has: "localhost" may be ::1 where there is no IPv6."""
+    for number, (family, *_, address) in enumerate(found, 1):
+        try:
+            # Which sees to SO_REUSEADDR as each system means it.
+            return socket.create_server((str(address[0]), address[1]), family=family, backlog=_MAX_CONNECTIONS)
+        except OSError as exc:
+            if number == len(found) or exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+    raise AssertionError("unreachable")  # pragma: no cover
+
+
 async def _read_head(stream: trio.abc.ReceiveStream) -> tuple[bytes | None, int]:
     """A request's head, or as much of one that is too long as shows it, and how many bytes came behind it.
 
@@ -280,9 +293,7 @@ def _bind(address: tuple[str, int]) -> socket.socket:
     if not 0 <= port <= 65535:
         raise ConfigurationError(f"{where}: ports are from 0 to 65535")
     try:
-        family, *_, resolved = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # Which sees to SO_REUSEADDR as each system means it.
-        listener = socket.create_server((str(resolved[0]), port), family=family, backlog=_MAX_CONNECTIONS)
+        listener = _bind_first(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE))
     except OSError as exc:
         raise ConfigurationError(f"{where}: {reason(exc)}") from None
     except UnicodeError:
