@@ -2,8 +2,9 @@
 
     python bench/bench_impersonation.py [--quick]
 
-A function that does nothing is run by `trio.to_thread.run_sync` alone, and by `Impersonation.run_as` as an account in one
-group and in 32: one call after the other, and 16 at once. "alone, no thread" is the switch and the way back themselves.
+A function that does nothing is run by `trio.to_thread.run_sync` alone, by that in a thread of its own beside Trio's, and by
+`Impersonation.run_as`, which does the same, as an account in one group and in 32: one call after the other, and 16 at once.
+"alone, no thread" is the switch and the way back themselves.
 Microseconds per call: the median of interleaved repeats, and in brackets their spread (half the distance between the
 quartiles, as a share of the median); first by the clock, then the process's CPU time. `more` is the CPU time above the
 thread's own, a median of differences between neighbours.
@@ -21,8 +22,8 @@ from functools import partial
 import trio
 
 from measure import describe, interleaved, machine, versions
-from triosspi import ConfigurationError, LocalAccount
-from triosspi.impersonation import linux
+from triosspi import ConfigurationError, LocalAccount, _server_threads
+from triosspi.impersonation import linux, own_thread
 
 # Nobody need have these ids: the kernel does not ask.
 ACCOUNTS = {
@@ -40,9 +41,13 @@ def in_thread():
     return trio.to_thread.run_sync(nothing)
 
 
+def in_own_thread():
+    return trio.to_thread.run_sync(own_thread.call, nothing)
+
+
 def as_account(account):
     # As `Impersonation.run_as` does; that wants a map of accounts first.
-    return trio.to_thread.run_sync(linux.run_as, account, nothing, ())
+    return _server_threads.run_sync(own_thread.call, linux.run_as, account, nothing, ())
 
 
 async def repeat(call, tasks, calls):
@@ -97,22 +102,27 @@ def main():
     print(f"machine: {machine()}")
     try:
         linux.check_privileges()
+        linux.remember_server()
+        _server_threads.ask_first(linux.check_thread)
     except ConfigurationError as exc:
         print(f"not measured: {exc}")
         return 0
     print(f"{versions('triosspi', 'trio')}; {repeats} interleaved repeats of {calls} calls")
     print(f"\n{'us per call':38}{'clock':>17}{'CPU':>17}{'more':>8}")
     for tasks, when in ((1, "one after the other"), (AT_ONCE, f"{AT_ONCE} at once")):
-        runs = {"trio.to_thread.run_sync": partial(with_threads, in_thread, tasks, calls)}
+        runs = {
+            "trio.to_thread.run_sync": partial(with_threads, in_thread, tasks, calls),
+            "in a thread of its own": partial(with_threads, in_own_thread, tasks, calls),
+        }
         for name, account in ACCOUNTS.items():
-            runs[name] = partial(with_threads, partial(as_account, account), tasks, calls)
+            runs[f"as an account {name}"] = partial(with_threads, partial(as_account, account), tasks, calls)
         for run in runs.values():
             run()  # warm
         samples = interleaved(runs, repeats)
         baseline = samples.pop("trio.to_thread.run_sync")
         show(f"trio.to_thread.run_sync, {when}", baseline)
         for name, values in samples.items():
-            show(f"  as an account {name}", values, baseline)
+            show(f"  {name}", values, baseline)
     runs = {name: partial(without_threads, account, calls) for name, account in ACCOUNTS.items()}
     for name, values in interleaved(runs, repeats).items():
         show(f"alone, no thread, {name}", values)

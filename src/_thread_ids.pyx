@@ -11,6 +11,11 @@
 # Why it is compiled: the numbers of system calls differ between architectures, and on the old ones there are two of
 # each, of which the first takes ids of 16 bits and cuts. The C library's headers know.
 #
+# What a thread starts is who it is, for ever, so one that is somebody else for a moment must start none: they would be
+# found later in pools that the whole process shares, and do the server's work as the peer. `confine` makes attempts fail,
+# by an audit hook. It is C's, not Python's, since it is asked at every event of every thread. It never goes away again;
+# threads that are not confined pass through it.
+#
 # What could go wrong here: an id of all ones means "leave as it is" to the kernel. A user entry with that number would
 # leave a thread root that believes itself somebody else, so it is refused before any call.
 
@@ -25,6 +30,7 @@ cdef extern from *:
     """
     #include <linux/capability.h>
     #include <poll.h>
+    #include <string.h>
     #include <sys/prctl.h>
     #include <sys/syscall.h>
     #include <unistd.h>
@@ -51,7 +57,38 @@ cdef extern from *:
     #define IDS_GETRESGID SYS_getresgid
     #define IDS_GETRESUID SYS_getresuid
     #endif
+
+    static __thread int ids_confined = 0;
+
+    /* What events begin with, and what is refused then. */
+    static const char *const ids_refusals[][2] = {
+        {"_thread.start_", "start threads: they would be the peer for ever"},
+        {"os.fork", "fork: the copy of the server would be the peer for ever (a program may be started)"},
+        {"sys.set_asyncgen_hook", "run an event loop: the worker threads that it finds are the server"},
+    };
+
+    static int ids_refuse(const char *event, PyObject *args, void *data)
+    {
+        size_t i;
+        (void) args;
+        (void) data;
+        if (!ids_confined)
+            return 0;
+        for (i = 0; i < sizeof ids_refusals / sizeof *ids_refusals; i++)
+            if (strncmp(event, ids_refusals[i][0], strlen(ids_refusals[i][0])) == 0) {
+                PyErr_Format(PyExc_RuntimeError, "a function that runs as a peer may not %s", ids_refusals[i][1]);
+                return -1;
+            }
+        return 0;
+    }
+
+    static int ids_add_hook(void)
+    {
+        return PySys_AddAuditHook(ids_refuse, NULL);
+    }
     """
+    int ids_confined
+    int ids_add_hook() except -1
     const unsigned long IDS_KEEP
     const unsigned long IDS_CAPABILITIES
     const long IDS_SETGROUPS
@@ -249,6 +286,17 @@ def raise_ambient(uint64_t wanted):
     for capability in range(IDS_CAPABILITIES):
         if (wanted >> capability) & 1 and ambient_call(PR_CAP_AMBIENT_RAISE, capability):
             raise failed("prctl")
+
+
+cdef bint watched = False
+
+
+def confine(bint confined):
+    global watched, ids_confined
+    if not watched:
+        ids_add_hook()
+        watched = True
+    ids_confined = confined
 
 
 def die(bytes line not None):

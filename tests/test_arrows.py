@@ -24,11 +24,12 @@ ABOVE: dict[str, set[str]] = {
     "_sealing": set(),
     "security": {"_errors", "_sealing", "security"},
     "_session": {"_framing", "_errors", "_wire", "security"},
-    "_channel": {"_framing", "_errors", "_wire", "security", "_session"},
+    "_server_threads": set(),
+    "_channel": {"_framing", "_errors", "_wire", "security", "_session", "_server_threads"},
     "_listener": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
     "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_listener"},
     "_thread_ids": set(),
-    "impersonation": {"_errors", "security", "_thread_ids", "impersonation"},
+    "impersonation": {"_errors", "security", "_thread_ids", "_server_threads", "impersonation"},
     "service": {
         *(
             "_framing",
@@ -36,6 +37,7 @@ ABOVE: dict[str, set[str]] = {
             "_wire",
             "security",
             "_session",
+            "_server_threads",
             "_channel",
             "_listener",
             "_tcp",
@@ -47,7 +49,7 @@ ABOVE: dict[str, set[str]] = {
     "__init__": {"_errors", "_wire", "security", "_session", "_channel", "_listener", "_tcp", "impersonation"},
     "__main__": {"service"},
 }
-KNOW_TRIO = {"_channel", "_listener", "_tcp", "impersonation", "service"}
+KNOW_TRIO = {"_server_threads", "_channel", "_listener", "_tcp", "impersonation", "service"}
 # Everything that waits for the outside.
 OUTSIDE = {"trio", "asyncio", "anyio", "socket", "ssl", "select", "selectors", "subprocess"}
 
@@ -154,3 +156,16 @@ def test_importing_anything_above_the_channel_does_not_import_trio():
 
 def test_no_file_of_the_package_is_outside_of_the_known_rooms():
     assert {room_of(path) for path in FILES} <= set(ABOVE)
+
+
+def test_what_the_server_does_in_threads_goes_through_the_one_door_that_looks_who_they_are():
+    """`trio.to_thread` takes any thread of the process's cache. A client, which never impersonates, may."""
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        if any(
+            isinstance(node, ast.Attribute) and node.attr in {"to_thread", "start_thread_soon"}
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        )
+    }
+    assert users == {"_server_threads.py", "service/client.py"}

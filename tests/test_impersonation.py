@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import trio.testing
 
 from local_users import Users
 from programs import environment
-from triosspi import ConfigurationError, Impersonation, ImpersonationError, LocalAccount
+from triosspi import ConfigurationError, Impersonation, ImpersonationError, LocalAccount, PeerIdentity
 from triosspi.impersonation import AccountMap, linux, thread_user_name
 
 if sys.platform != "linux":
@@ -32,6 +33,7 @@ if sys.platform != "linux":
 
 from triosspi import _thread_ids
 from triosspi.impersonation.linux import Identity, thread_identity
+from triosspi.security.identity import ContextFlag
 
 TESTS = Path(__file__).parent
 
@@ -178,34 +180,6 @@ async def test_a_program_that_a_function_starts_is_the_account_and_nothing_else(
     assert shown["Groups"] == list(map(str, users.alice.groups))
     for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
         assert int(shown[kind][0], 16) == 0
-
-
-async def test_a_thread_that_a_function_starts_is_the_account_and_stays_so(
-    users: Users, impersonation: Impersonation
-) -> None:
-    """Credentials are inherited when a thread is started. The documentation says so, and this is what it means."""
-    found: list[Identity] = []
-    returned, looked = threading.Event(), threading.Event()
-
-    def look_twice() -> None:
-        found.append(thread_identity())
-        looked.set()
-        returned.wait(30)
-        found.append(thread_identity())
-
-    def start() -> threading.Thread:
-        thread = threading.Thread(target=look_twice)
-        thread.start()
-        looked.wait(30)
-        return thread
-
-    mine = thread_identity()
-    thread = await impersonation.run_as(users.alice, start)
-    returned.set()
-    await trio.to_thread.run_sync(thread.join)
-    assert len(found) == 2 and all(is_account(identity, users.alice) for identity in found)
-    assert thread_identity() == mine
-    assert await workers_are_themselves(mine)
 
 
 async def test_what_a_function_has_the_event_loop_do_is_done_by_the_server(
@@ -378,15 +352,82 @@ async def test_a_thousand_switches_sixteen_at_once_never_touch_the_event_loop(
     assert await workers_are_themselves(mine)
 
 
-async def test_a_limiter_of_its_own_leaves_trios_alone(users: Users, account_map: AccountMap) -> None:
+@pytest.mark.parametrize("given", [True, False])
+async def test_functions_never_take_a_thread_from_trios_own_limit(
+    users: Users, account_map: AccountMap, given: bool
+) -> None:
     limiter = trio.CapacityLimiter(1)
-    impersonation = Impersonation(account_map, limiter=limiter)
+    impersonation = Impersonation(account_map, limiter=limiter) if given else Impersonation(account_map)
 
     def borrowed() -> tuple[int, int]:
         usual = trio.from_thread.run_sync(trio.to_thread.current_default_thread_limiter)
         return limiter.borrowed_tokens, usual.borrowed_tokens
 
-    assert await impersonation.run_as(users.alice, borrowed) == (1, 0)
+    assert await impersonation.run_as(users.alice, borrowed) == (given, 0)
+
+
+PEER = PeerIdentity(
+    principal="DOM\\alice",
+    domain="DOM",
+    name="alice",
+    mechanism="ntlm",
+    flags=ContextFlag(0),
+    mutual=False,
+    authenticated_at=datetime.now(UTC),
+)
+
+
+class Crowd:
+    """More calls than any limit of threads lets run at once, which wait until they are let go."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self._inside: list[int] = []
+
+    def wait(self) -> None:
+        self._inside.append(1)
+        assert self.released.wait(60)
+
+    async def wait_until_full(self) -> None:
+        with trio.fail_after(30):
+            while len(self._inside) < 40:
+                await trio.lowlevel.checkpoint()
+            # Whoever else could go in has done so.
+            await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_slow_functions_keep_nobody_else_from_a_thread(users: Users, impersonation: Impersonation) -> None:
+    """Trio has forty for all that waits in threads: logins, the reading of accounts."""
+    crowd = Crowd()
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(impersonation.run_as, users.alice, crowd.wait)
+        await crowd.wait_until_full()
+        with trio.fail_after(30):
+            assert await trio.to_thread.run_sync(int) == 0
+            assert await impersonation._account(PEER) == users.alice
+        crowd.released.set()
+
+
+async def test_a_directory_server_that_is_silent_keeps_nobody_else_from_a_thread(
+    users: Users, impersonation: Impersonation, account_map: AccountMap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crowd = Crowd()
+    lookup = account_map.lookup
+
+    def hang(peer: PeerIdentity) -> LocalAccount:
+        crowd.wait()
+        return lookup(peer)
+
+    monkeypatch.setattr(account_map, "lookup", hang)
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(impersonation.run_as_peer, PEER, int)
+        await crowd.wait_until_full()
+        with trio.fail_after(30):
+            assert await trio.to_thread.run_sync(int) == 0
+            assert await impersonation.run_as(users.alice, int) == 0
+        crowd.released.set()
 
 
 # What cannot be done
@@ -505,6 +546,10 @@ class Kernel:
 
     def thread_id(self) -> int:
         return 4711
+
+    def confine(self, confined: bool) -> None:
+        # Not the kernel's business, but Python's.
+        _thread_ids.confine(confined)
 
     def die(self, line: bytes) -> None:
         self.said = line

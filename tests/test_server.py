@@ -636,7 +636,7 @@ async def test_a_changed_file_is_a_reason_to_reload_where_that_is_wanted(
     file.write_text("one")
     reloaded = trio.Event()
 
-    async def inline(function: Callable[..., Any], *args: Any) -> Any:
+    async def inline(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
         # The clock would jump over a wait for a thread.
         await trio.lowlevel.checkpoint()
         return function(*args)

@@ -32,6 +32,7 @@ from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
+from . import _server_threads
 from ._errors import LocalProtocolError, RemoteProtocolError
 from ._session import Session, Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
@@ -81,12 +82,12 @@ class RunBlocking(Protocol):
 
 
 async def run_in_thread(sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> bytes:
-    """Run a handshake's step in one of Trio's worker threads.
+    """Run a handshake's step in one of Trio's worker threads, which is the server.
 
     A cancelled one is left to itself: a KDC that does not answer may hold it up for a minute, and nobody
     will look at a broken channel's session again.
     """
-    return await trio.to_thread.run_sync(sync_fn, token, abandon_on_cancel=True)
+    return await _server_threads.run_sync(sync_fn, token, abandon_on_cancel=True)
 
 
 class Impersonator(Protocol):
@@ -510,7 +511,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
     # Impersonation
 
     async def run_as_peer(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Run ``function(*args)``, which is not async, in a worker thread that is the peer meanwhile.
+        """Run ``function(*args)``, which is not async, in a thread of its own that is the peer meanwhile.
 
         An acceptor's only, with an `Impersonation`: see there what the function may count on and what
         not. With the `framed` format a message of the peer's must have been received before: a login

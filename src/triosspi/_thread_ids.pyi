@@ -49,5 +49,12 @@ def ambient() -> int:
 def raise_ambient(wanted: int) -> None:
     """Make capabilities ambient that are permitted and inheritable. Others that are ambient stay so."""
 
+def confine(confined: bool) -> None:
+    """Have the calling thread's attempts to start what would be who it is fail, or not fail any more.
+
+    That is: a thread, a copy of the process (`os.fork`), and an event loop, which has other threads work for it. They
+    raise `RuntimeError`. Programs are started as before, and threads that are not Python's are not seen.
+    """
+
 def die(line: bytes) -> NoReturn:
     """Write a line to standard error, unless nobody reads there, and abort the process: no clean-up, no way around it."""

@@ -10,42 +10,53 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple, Unpack
+from typing import Final, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
+from .. import _server_threads
 from .._errors import ConfigurationError, ImpersonationError
 from ..security.identity import PeerIdentity
-from . import linux, windows
+from . import linux, own_thread, windows
 from .accounts import DEFAULT_MIN_UID as DEFAULT_MIN_UID
 from .accounts import AccountMap as AccountMap
 from .accounts import LocalAccount as LocalAccount
 
 _WINDOWS = sys.platform == "win32"
 
+#: So many functions by default, and so many look-ups of accounts: as many as Trio has of worker threads for all else.
+_AT_ONCE: Final = 40
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
 class Impersonation:
-    r"""Runs functions under other identities, each in a worker thread, while the event loop stays who it is.
+    r"""Runs functions under other identities, each in a thread of its own, while the event loop stays who it is.
 
     On Linux the server needs the capabilities CAP_SETUID and CAP_SETGID, as root has them, and a map from
     principals to local accounts. On Windows SSPI does it, and the peer becomes himself.
 
     What a function may count on: files are opened, made and refused as for the account and all its
-    groups, whatever it raises reaches the caller, and programs that it starts are the account's (on Windows
-    the server's). What it must not do or expect:
+    groups, whatever it raises reaches the caller, `trio.from_thread` works, and programs that it starts
+    (`subprocess`, `os.posix_spawn`) are the account's (on Windows the server's). Its thread ends with it, so
+    nobody meets what it has done to that.
+
+    What it must not do or expect:
 
     * It is no sandbox. The function shares memory and open files with the server, and the working
       directory and the umask.
     * Other identities only through here: `os.setuid` and its like change every thread, or end the process.
-    * A thread that it starts is the account, and stays so when the function has returned; the way back is in
-      it, so it had better be no other's code.
-    * What is put off is done by the server: a finaliser of an object that outlives the function (a
-      `tempfile.TemporaryDirectory` in the frame of an exception), a generator, whatever it has
-      `trio.from_thread` run. And a garbage collection while the function runs finalises others' objects as
-      the account.
+    * It cannot start threads, nor copies of the process (`os.fork`, and by it `multiprocessing`): they would
+      be the account for ever, with the way back in them, perhaps in a pool that others use. Nor can it run an
+      event loop, whose worker threads would be the server. Each of these is a `RuntimeError`, on Linux. What
+      could not be noticed it had better leave: threads of a library in C, and processes of `multiprocessing`
+      that are not forked.
+    * What is handed on is done by whoever gets it: a thread of a pool is the server, also when the pool was
+      refused one more and the work waits there. So is what is put off: a finaliser of an object that outlives
+      the function (a `tempfile.TemporaryDirectory` in the frame of an exception), a generator, whatever it
+      has `trio.from_thread` run. And a garbage collection while the function runs finalises others' objects
+      as the account.
     * It may be unable to read what the server can: import modules beforehand, and let no logging handler
       open or rotate its file meanwhile.
     * SELinux's domain, AppArmor's profile, the cgroup and the limits stay the server's, as does the
@@ -53,11 +64,13 @@ class Impersonation:
     * While it runs, a process of the same account may send a signal to its thread, as to any of the
       account's own: SIGKILL and SIGSTOP are for the whole server.
 
-    Should a thread not find back to what it was, the process writes one line to standard error and aborts.
+    Should a thread not find back to what it was, the process writes one line to standard error and aborts. So
+    it does should a worker thread that is about to do the server's own work (read accounts, keys or the
+    configuration) not be who the process is.
 
     Args:
       accounts: who is whom, on Linux. On Windows None.
-      limiter: how many functions may run at once; by default Trio's own limit for all worker threads.
+      limiter: how many functions may run at once; by default 40, which are this object's own.
 
     Raises:
       ConfigurationError: it could not work: the privileges are missing, or an account of the map cannot be
@@ -75,8 +88,13 @@ class Impersonation:
             linux.check_namespace(accounts.min_uid)
             for account in accounts.named:
                 linux.check_account(account)
+            linux.remember_server()
+            _server_threads.ask_first(linux.check_thread)
         self._accounts = accounts
-        self._limiter = limiter
+        # Of their own, and two: neither slow functions nor a directory server that does not answer are to keep the
+        # server from a thread, nor each other.
+        self._limiter = limiter if limiter is not None else trio.CapacityLimiter(_AT_ONCE)
+        self._lookups = trio.CapacityLimiter(_AT_ONCE)
 
     async def run_as_peer(
         self,
@@ -85,7 +103,7 @@ class Impersonation:
         *args: *Ts,
         native: object | None = None,
     ) -> T:
-        """Run ``function(*args)`` in a worker thread as an authenticated peer. See `SSPIChannel.run_as_peer`.
+        """Run ``function(*args)`` in a thread of its own as an authenticated peer. See `SSPIChannel.run_as_peer`.
 
         Args:
           peer: who.
@@ -98,13 +116,13 @@ class Impersonation:
               not become it.
         """
         if native is not None:
-            return await trio.to_thread.run_sync(
-                windows.run_as_client, native, function, args, abandon_on_cancel=False, limiter=self._limiter
+            return await _server_threads.run_sync(
+                own_thread.call, windows.run_as_client, native, function, args, limiter=self._limiter
             )
         return await self.run_as(await self._account(peer), function, *args)
 
     async def run_as(self, account: LocalAccount, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Run ``function(*args)`` in a worker thread as a local account. Linux only.
+        """Run ``function(*args)`` in a thread of its own as a local account. Linux only.
 
         When this is cancelled it still waits for the function's end: a thread is never abandoned while
         it is somebody else. A long function may ask `trio.from_thread.check_cancelled`.
@@ -115,10 +133,10 @@ class Impersonation:
           args: its arguments.
 
         Raises:
-          ImpersonationError: the thread could not become the account; the function was not called.
+          ImpersonationError: there was no thread, or it could not become the account; the function was not called.
         """
-        return await trio.to_thread.run_sync(
-            linux.run_as, account, function, args, abandon_on_cancel=False, limiter=self._limiter
+        return await _server_threads.run_sync(
+            own_thread.call, linux.run_as, account, function, args, limiter=self._limiter
         )
 
     async def _account(self, peer: PeerIdentity) -> LocalAccount:
@@ -128,7 +146,8 @@ class Impersonation:
             return account
         # As the server, and before the switch. A directory server that does not answer holds up nobody else,
         # and whoever is cancelled no longer than that.
-        return await trio.to_thread.run_sync(self._accounts.lookup, peer, abandon_on_cancel=True, limiter=self._limiter)
+        lookup = self._accounts.lookup
+        return await _server_threads.run_sync(lookup, peer, abandon_on_cancel=True, limiter=self._lookups)
 
 
 def thread_user_name() -> str:

@@ -25,25 +25,26 @@
 # inherit (the ambient ones go with it). The permitted set stays, as without it there is no way back. For an account
 # that is root the effective set stays what it was.
 #
-# A way back that does not work ends the process, at once: the thread would go back to the pool as somebody else,
-# and do somebody's next errand. "Works" means that the getters say so, not that the calls said nothing.
+# A way back that does not work ends the process, at once: there would be a thread with the way back in it that is
+# somebody else. "Works" means that the getters say so, not that the calls said nothing. The same end has a worker thread
+# that is found to be somebody else before it does the server's own work: where one is there may be more, and whose errands
+# they have done nobody knows. (How it could come to be one, and why it cannot: `confinement`.)
 #
 # What is not changed, since the process shares it: the working directory, the umask, open files, the memory. This is no
-# sandbox. And what a thread inherits is inherited from the moment: one that the function starts is the account
-# for ever, with the way back in it. Nor is the garbage collector: it may run on this thread as on any other, and what it
-# finalises then, whoever's it was, is finalised as the account. (Turned off meanwhile, a function that hangs would have
-# the whole process grow.)
+# sandbox. Nor is the garbage collector: it may run on this thread as on any other, and what it finalises then, whoever's it
+# was, is finalised as the account. (Turned off meanwhile, a function that hangs would have the whole process grow.)
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, NamedTuple, TypeVar
 
 from .._errors import ConfigurationError, ImpersonationError, printable
+from . import confinement
 from .accounts import LocalAccount
 
 _ids: ModuleType | None
@@ -134,23 +135,26 @@ def _rehearse() -> None:
     """Make each of the calls once, with what is already so, since a filter of system calls may refuse them.
 
     Raises:
-      ConfigurationError: one is refused.
+      ConfigurationError: one is refused, or a confined thread is not.
     """
-    refused: list[OSError] = []
+    refused: list[OSError | ConfigurationError] = []
 
     def work() -> None:
         try:
             _set(thread_identity())
-        except OSError as exc:
+            confinement.rehearse(_native())
+        except (OSError, ConfigurationError) as exc:
             refused.append(exc)
 
     # Not on a thread that anybody needs.
     thread = threading.Thread(target=work, name="triosspi rehearsal")
     thread.start()
     thread.join()
-    if refused:
+    for exc in refused:
+        if isinstance(exc, ConfigurationError):
+            raise exc
         raise ConfigurationError(
-            f"impersonation cannot work: {refused[0].filename}: {refused[0].strerror}; "
+            f"impersonation cannot work: {exc.filename}: {exc.strerror}; "
             "is there a filter of system calls (systemd: SystemCallFilter=, or a container's)?"
         )
 
@@ -193,11 +197,72 @@ def check_namespace(min_uid: int) -> None:
         raise ConfigurationError(f"this user namespace has no uid from {min_uid} on (/proc/self/uid_map)")
 
 
+# Who the server is
+
+#: What makes a thread somebody, without what it may: ids of users, groups and the file system, and the groups.
+_Who = tuple[Triple, Triple, tuple[int, int], tuple[int, ...]]
+_server: _Who | None = None
+
+
+def _who() -> _Who:
+    ids = _native()
+    return ids.user_ids(), ids.group_ids(), ids.filesystem_ids(), ids.groups()
+
+
+def _main_thread() -> _Who | None:
+    """The process's first thread, which is nobody else ever; None where the kernel's account of it is not to be had."""
+    try:
+        text = (_PROC / "status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = {name: rest.split() for name, _, rest in (line.partition(":") for line in text.splitlines())}
+    # Real, effective, saved, file system.
+    (ru, eu, su, fu), (rg, eg, sg, fg) = (map(int, fields[name]) for name in ("Uid", "Gid"))
+    return (ru, eu, su), (rg, eg, sg), (fu, fg), tuple(map(int, fields["Groups"]))
+
+
+def remember_server() -> None:
+    """Take the calling thread for the server from now on; see `check_thread`.
+
+    Raises:
+      ConfigurationError: it is somebody else than the process.
+    """
+    global _server  # noqa: PLW0603 - a process is one server
+    who, main = _who(), _main_thread()
+    if main not in (who, None):
+        raise ConfigurationError(f"this thread is {_describe(who)}, and the process is {_describe(main)}")
+    _server = who
+
+
+def check_thread() -> None:
+    """See that the calling thread is the server, or end the process: in a few microseconds, if it is.
+
+    A process that has changed as a whole, by `os.setuid` or in a child of `os.fork`, is the server still.
+    """
+    global _server  # noqa: PLW0603 - the same
+    ids = _native()
+    line = b"triosspi: a worker thread of which nobody knows who it is; aborting\n"
+    with suppress(Exception):
+        who = _who()
+        if who == _server:
+            return
+        main = _main_thread()
+        if who == main:
+            _server = who
+            return
+        line = f"triosspi: a worker thread is {_describe(who)} instead of {_describe(main)}; aborting\n".encode()
+    ids.die(line)
+
+
+def _describe(who: _Who | None) -> str:
+    return "the server" if who is None else f"uid {who[0][1]}, gid {who[1][1]}, groups {list(who[3])}"
+
+
 # There, and back again
 
 
 def run_as(account: LocalAccount, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    """Call a function as a local account. On a worker thread only, which is the account meanwhile.
+    """Call a function as a local account. On a thread that nobody else uses, which is the account meanwhile.
 
     Raises:
       ImpersonationError: the thread could not become the account; the function was not called.
@@ -206,11 +271,22 @@ def run_as(account: LocalAccount, function: Callable[..., T], args: tuple[Any, .
     if before.filesystem_ids != (before.user_ids[1], before.group_ids[1]):
         # The way back would not lead there.
         raise ImpersonationError("this thread's file-system ids are not its effective ones")
+    with _confined():
+        try:
+            _become(account, before)
+            return function(*args)
+        finally:
+            _come_back(before, account)
+
+
+@contextmanager
+def _confined() -> Iterator[None]:
+    ids = _native()
+    ids.confine(True)
     try:
-        _become(account, before)
-        return function(*args)
+        yield
     finally:
-        _come_back(before, account)
+        ids.confine(False)
 
 
 def _set(wanted: Identity) -> None:

@@ -24,6 +24,7 @@ from typing import Final
 
 import trio
 
+from .. import _server_threads
 from .._accepting import accept_forever
 from .._channel import Impersonator
 from .._errors import ConfigurationError
@@ -196,12 +197,12 @@ class Server:
         return self._service.admission.pending + self._service.admission.established
 
     async def _watch_files(self) -> None:
-        known = await trio.to_thread.run_sync(_state_of, self._loaded.files)
+        known = await _server_threads.run_sync(_state_of, self._loaded.files)
         while True:
             await trio.sleep(FILES_INTERVAL)
             if not self._loaded.settings.reload.watch_files:
                 continue
-            found = await trio.to_thread.run_sync(_state_of, self._loaded.files)
+            found = await _server_threads.run_sync(_state_of, self._loaded.files)
             if found != known:
                 known = found
                 log.info("a file of the configuration has changed")
@@ -227,7 +228,7 @@ class Server:
             return
         self._notifier.reloading()
         try:
-            loaded = await trio.to_thread.run_sync(self._load)
+            loaded = await _server_threads.run_sync(self._load)
         except ConfigurationError as exc:
             log.error("the configuration stays as it was: %s", exc)  # noqa: TRY400 - a clear one-line error
         else:
