@@ -34,7 +34,11 @@ class Mechanism:
 
     @property
     def complete(self) -> bool:
-        return len(self.tokens) >= self._steps
+        return self.steps_left <= 0
+
+    @property
+    def steps_left(self) -> int:
+        return self._steps - len(self.tokens)
 
     def step(self, in_token: bytes) -> bytes | None:
         self.tokens.append(in_token)
@@ -94,7 +98,7 @@ def test_the_answer_names_the_mechanism_as_the_client_did() -> None:
 def test_two_steps_end_with_both_mics() -> None:
     exchange = Exchange(kerberos=None)
     assert exchange.say(neg_token_init(b"1", OID_NTLM)) == neg_token_resp(
-        state=ACCEPT_INCOMPLETE, mech=OID_NTLM, token=b"re:1"
+        state=REQUEST_MIC, mech=OID_NTLM, token=b"re:1"
     )
     assert not exchange.acceptor.complete
     answer = exchange.say(neg_token_resp(token=b"2", mic=mic_of(OID_NTLM)))
@@ -102,6 +106,45 @@ def test_two_steps_end_with_both_mics() -> None:
     assert exchange.acceptor.complete and exchange.acceptor.mic_verified and exchange.acceptor.mic_sent
     # Each direction's crypto begins anew after its MIC, the verified one first.
     assert exchange.resets == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("offered", "guess", "state"),
+    [
+        pytest.param((OID_KERBEROS, OID_NTLM), b"guess", ACCEPT_COMPLETED, id="kerberos-first"),
+        pytest.param((OID_MS_KERBEROS, OID_NTLM), b"guess", ACCEPT_COMPLETED, id="kerberos-first-by-windows-number"),
+        pytest.param((OID_KERBEROS, OID_NTLM), None, ACCEPT_INCOMPLETE, id="kerberos-first-without-a-guess"),
+        pytest.param((OID_NTLM, OID_KERBEROS), b"guess", REQUEST_MIC, id="kerberos-not-first"),
+        pytest.param((OID_NEGOEX, OID_MS_KERBEROS), b"guess", REQUEST_MIC, id="kerberos-behind-a-stranger"),
+        pytest.param((OID_NTLM,), b"guess", REQUEST_MIC, id="ntlm-first"),
+        pytest.param((OID_NTLM,), None, REQUEST_MIC, id="ntlm-first-without-a-guess"),
+        pytest.param((OID_NEGOEX, OID_NTLM), b"guess", REQUEST_MIC, id="ntlm-not-first"),
+    ],
+)
+def test_the_first_answers_state_tells_the_client_whether_a_mic_will_follow(
+    offered: tuple[bytes, ...], guess: bytes | None, state: int
+) -> None:
+    """After accept-incomplete .NET takes its own last token for the end, and our MIC for the first message."""
+    exchange = Exchange()
+    answer = exchange.say(neg_token_init(guess, *offered))
+    # a1 LENGTH 30 LENGTH, then the first field: a0 03 0a 01 STATE.
+    assert answer is not None
+    assert answer[:1] + answer[2:3] + answer[4:9] == bytes([0xA1, 0x30, 0xA0, 3, 0x0A, 1, state])
+    # And it was the truth, to a client that signs the list where it was asked to, and nowhere else.
+    (mechanism,) = exchange.made.values()
+    while not exchange.acceptor.complete:
+        mic = mic_of(*offered) if state == REQUEST_MIC and mechanism.steps_left == 1 else None
+        assert exchange.say(neg_token_resp(token=b"next", mic=mic))
+    assert exchange.acceptor.mic_sent is (state == REQUEST_MIC)
+
+
+def test_a_mic_that_nobody_asked_for_is_verified_and_answered() -> None:
+    exchange = Exchange()
+    exchange.say(neg_token_init(None, OID_KERBEROS, OID_NTLM))
+    oids = (OID_KERBEROS, OID_NTLM)
+    answer = exchange.say(neg_token_resp(token=b"ap-req", mic=mic_of(*oids)))
+    assert answer == neg_token_resp(state=ACCEPT_COMPLETED, token=b"re:ap-req", mic=our_mic(*oids))
+    assert exchange.acceptor.complete and exchange.acceptor.mic_verified
 
 
 def test_a_guess_for_another_mechanism_is_ignored_and_the_mic_demanded() -> None:
@@ -117,7 +160,7 @@ def test_a_guess_for_another_mechanism_is_ignored_and_the_mic_demanded() -> None
 
 def test_a_client_without_a_guess_is_asked_for_its_first_token() -> None:
     exchange = Exchange(kerberos=None)
-    assert exchange.say(neg_token_init(None, OID_NTLM)) == neg_token_resp(state=ACCEPT_INCOMPLETE, mech=OID_NTLM)
+    assert exchange.say(neg_token_init(None, OID_NTLM)) == neg_token_resp(state=REQUEST_MIC, mech=OID_NTLM)
     assert exchange.say(neg_token_resp(token=b"1")) == neg_token_resp(state=ACCEPT_INCOMPLETE, token=b"re:1")
 
 
@@ -213,7 +256,7 @@ def test_a_malformed_first_token_is_refused(token: bytes) -> None:
 
 def test_a_first_token_may_come_without_its_outer_frame() -> None:
     bare = der(0xA0, der(0x30, der(0xA0, mech_list(OID_NTLM)) + der(0xA2, der(0x04, b"1"))))
-    assert Exchange(kerberos=None).say(bare) == neg_token_resp(state=ACCEPT_INCOMPLETE, mech=OID_NTLM, token=b"re:1")
+    assert Exchange(kerberos=None).say(bare) == neg_token_resp(state=REQUEST_MIC, mech=OID_NTLM, token=b"re:1")
 
 
 def test_req_flags_and_hints_are_left_alone() -> None:

@@ -2,8 +2,11 @@
 
 The acceptor under test must not meet only its own reflection, so each module beside this one wraps one
 implementation that nobody of this project wrote. All differences between them (how a token is fetched, where
-the signature lies in a sealed message, when a login counts as finished) end in the adapter; a test sees
-`Initiator` and nothing else.
+the signature lies in a sealed message) end in the adapter; a test sees `Initiator` and nothing else.
+
+An adapter drives its library as the library's own documentation has it, and says what the library says: above all,
+a login is finished when the library calls it finished, and not when the server's last token has come. Whatever makes
+up for a server here is missing in everybody's programs.
 """
 
 from __future__ import annotations

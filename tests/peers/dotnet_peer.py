@@ -11,6 +11,9 @@ are in hex. Run and spoken to by `dotnet.py`:
     {"do": "close", "login": 1}                       ->  {}
 
 and {"error": "..."} in place of any of them. The other side numbers the logins.
+
+A login is stepped as .NET's own documentation has it: GetOutgoingBlob until the status is Completed, and what it gives
+is sent, with the last status too. After that whatever comes is a message.
 """
 
 # The .NET name spaces exist only while the runtime is loaded.
@@ -136,7 +139,6 @@ class Logins:
 
     def __init__(self) -> None:
         self._logins: dict[int, Any] = {}
-        self._packages: dict[int, str] = {}
 
     def new(self, login: int, package: str, username: str, password: str, domain: str) -> dict[str, Any]:
         options = NegotiateAuthenticationClientOptions()
@@ -144,7 +146,6 @@ class Logins:
         options.Credential = NetworkCredential(username, password, domain)
         options.TargetName = "host/localhost"
         options.RequiredProtectionLevel = ProtectionLevel.EncryptAndSign
-        self._packages[login] = package
         self._logins[login] = NegotiateAuthentication(options)
         return {}
 
@@ -161,11 +162,7 @@ class Logins:
             raise Refused(str(status))
         return {
             "token": None if outgoing is None else base64.b64decode(str(outgoing)).hex(),
-            # When the acceptor answered accept-incomplete (and not request-mic), .NET's SPNEGO reports Completed with
-            # its last token already, though that carries a mechListMIC: the acceptor's answer to it is still to
-            # come, and would be taken for the first message. .NET checks the answer when it is given one.
-            "complete": status == NegotiateAuthenticationStatusCode.Completed
-            and (outgoing is None or self._packages[login] == "NTLM"),
+            "complete": status == NegotiateAuthenticationStatusCode.Completed,
         }
 
     def seal(self, login: int, data: str) -> dict[str, Any]:
@@ -175,7 +172,6 @@ class Logins:
         return {"data": _convert(_UNWRAP, self._logins[login], bytes.fromhex(data)).hex()}
 
     def close(self, login: int) -> dict[str, Any]:
-        del self._packages[login]
         self._logins.pop(login).Dispose()
         return {}
 

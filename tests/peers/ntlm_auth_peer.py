@@ -1,7 +1,8 @@
 """Samba's NTLM and SPNEGO through its `ntlm_auth` helper: the code in winbind and smbclient, and behind Wine's secur32.
 
 A line protocol over stdin and stdout, made for Squid and Cyrus: one process is one login, no daemon runs. The helper
-steps a context and gives out the session key; sealing stays inside Samba, so here it is done by `ntlm_crypto`.
+steps a context and gives out the session key; sealing stays inside Samba, so here it is done by `ntlm_crypto`. That is
+the helper's own limit: of a message it proves that Samba's key is ours, and not that Samba would have numbered it so.
 """
 
 from __future__ import annotations

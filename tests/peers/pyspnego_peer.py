@@ -14,18 +14,6 @@ from spnego.exceptions import SpnegoError
 from .base import PeerError, PeerKind
 
 
-class NTLMOnlyPassword(spnego.Password):
-    """A password that pyspnego's Negotiate will not try with Kerberos.
-
-    With a plain `Password` it acquires a Kerberos credential first, by kinit: DNS look-ups for the realm's KDC
-    which block for half a second and more, and then succeed or not by the machine's own krb5.conf.
-    """
-
-    @property
-    def supported_protocols(self) -> list[str]:
-        return ["ntlm"]
-
-
 class _Context:
     """A security context; pyspnego makes stepping and sealing the same on both sides."""
 
@@ -64,10 +52,17 @@ class PyspnegoInitiator(_Context):
     """A login by pyspnego's own NTLM, raw or under its own SPNEGO."""
 
     def __init__(self, protocol: str, username: str, password: str, domain: str) -> None:
-        credential = NTLMOnlyPassword(f"{domain}\\{username}" if domain else username, password)
-        options = _OPTIONS[protocol]
+        # Under SPNEGO it tries Kerberos with the password first, as it does for everybody; `fixtures.no_public_realms`
+        # sees to it that no realm is asked for it.
         super().__init__(
-            spnego.client(credential, hostname="localhost", service="host", protocol=protocol, options=options)
+            spnego.client(
+                f"{domain}\\{username}" if domain else username,
+                password,
+                hostname="localhost",
+                service="host",
+                protocol=protocol,
+                options=_OPTIONS[protocol],
+            )
         )
 
 

@@ -15,6 +15,11 @@ its acceptor takes the client's word for things that must be demanded, reads ASN
 # The mechTypes are sent in the clear. The mechListMIC is a signature over them by the finished mechanism; so
 # an attacker who removed Kerberos from the list would have to forge NTLM's signature. It may be left out only
 # when the client's first choice was taken, and NTLM's clients never do leave it out (`policy`).
+#
+# The state of our first answer is how the client learns when it is done, so it must be true. After
+# accept-incomplete a client may take the mechanism's last token for the end of all: .NET's does, and would read
+# our MIC as the first message. So wherever a MIC of ours is to come, the state is request-mic; and where it is
+# not, none is sent unless the client has sent its own.
 
 from __future__ import annotations
 
@@ -186,7 +191,7 @@ class SPNEGOAcceptor:
             raise AuthenticationError("the client offers no mechanism that is enabled here")
         self.inner = inner = self._factories[chosen]()
         self.first_offer_chosen = names[0] == chosen
-        self._mic_due = not self.first_offer_chosen
+        self._mic_due = chosen == "ntlm" or not self.first_offer_chosen
         # A guess for another mechanism than the chosen one is to be ignored (4.2.1), not fed to it.
         answer = inner.step(guess) if guess and self.first_offer_chosen else None
         # The OID as the client has it, which may be an alias.
@@ -236,11 +241,11 @@ class SPNEGOAcceptor:
 
     def _finish(self, inner: Mechanism, state: int | None, answer: bytes | None) -> bytes | None:
         """The mechanism is done. Are we?"""
-        if not self.mic_verified and (state == _ACCEPT_COMPLETED or self.mic_sent):
+        if self._mic_due and not self.mic_verified and (state == _ACCEPT_COMPLETED or self.mic_sent):
             raise AuthenticationError("the client's mechListMIC is missing")
         said_all = self.mic_sent
-        our_mic = None if self.mic_sent else self._make_mic(inner)
-        self.complete = self.mic_verified
+        our_mic = self._make_mic(inner) if (self._mic_due or self.mic_verified) and not said_all else None
+        self.complete = self.mic_verified or not self._mic_due
         if said_all:
             return None
         return _response(_ACCEPT_COMPLETED if self.complete else _ACCEPT_INCOMPLETE, None, answer, our_mic)
