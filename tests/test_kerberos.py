@@ -24,6 +24,7 @@ import trio.testing
 from forge import OID_KERBEROS, OID_NTLM, Client, neg_token_init, neg_token_resp
 from peers.kerberos import ENCTYPES, Kdc, Key, LineContext, read_keytab, write_keytab
 from peers.kerberos.kinds import MIT_RAW, MIT_SPNEGO, KerberosPeerKind
+from peers.kerberos.realm import USUAL_FLAGS
 from peers.requirements import require
 from triosspi import (
     Acceptor,
@@ -39,7 +40,7 @@ from triosspi import (
     serve_sspi_over_tcp,
 )
 from triosspi._session import Session
-from triosspi.security import context, kerberos, policy
+from triosspi.security import context, kerberos, native, policy
 from triosspi.security.accounts import AccountTable
 from triosspi.security.identity import ContextFlag
 from triosspi.security.sealers import GSSWrapSealer
@@ -171,25 +172,49 @@ def test_row_k_an_ap_req_replayed_byte_for_byte_is_refused_in_words(kdc: Kdc, co
         say(new_session(kdc), token)
 
 
+@pytest.mark.parametrize("wire", WireFormat)
+@pytest.mark.parametrize("flags", [("conf",), ("conf", "integ"), ("conf", "integ", "replay", "sequence")])
+def test_row_p_sealing_alone_is_demanded_where_our_own_sealer_sees_to_the_order(
+    kdc: Kdc, connect: Connect, flags: tuple[str, ...], wire: WireFormat
+) -> None:
+    assert native.available()["kerberos"]
+    session = log_in(new_session(kdc, wire=wire), connect(flags=flags))
+    assert bool(session.peer.flags & ContextFlag.SEQUENCE) is ("sequence" in flags)
+
+
+@pytest.fixture(params=["aes256", "rc4"])
+def sealed_by_the_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A service whose messages are not sealed natively: for want of the extension, or for its encryption type."""
+    if request.param != "rc4":
+        monkeypatch.setattr(native, "_sealing", None)
+    service: str = request.param
+    return service
+
+
 @pytest.mark.parametrize(
-    ("flags", "framed", "sample"),
+    ("flags", "missing"),
     [
-        (("conf",), "lacks REPLAY, SEQUENCE", None),
-        (("conf", "integ", "replay"), "lacks SEQUENCE", None),
-        (("conf", "integ", "sequence"), "lacks REPLAY", None),
-        (("conf", "integ", "replay", "sequence"), None, None),
+        (("conf",), ("REPLAY", "SEQUENCE")),
+        (("conf", "integ", "replay"), ("SEQUENCE",)),
+        (("conf", "integ", "sequence"), ("REPLAY",)),
+        (("conf", "integ", "replay", "sequence"), ()),
     ],
 )
-def test_row_p_the_flags_that_a_wire_format_needs_are_demanded(
-    kdc: Kdc, connect: Connect, flags: tuple[str, ...], framed: str | None, sample: str | None
+def test_row_p_where_the_kerberos_library_seals_it_must_be_told_to_see_to_the_order(
+    kdc: Kdc, connect: Connect, sealed_by_the_library: str, flags: tuple[str, ...], missing: tuple[str, ...]
 ) -> None:
-    for wire, problem in ((WireFormat.FRAMED, framed), (WireFormat.SAMPLE, sample)):
-        session = new_session(kdc, wire=wire)
-        if problem is None:
-            log_in(session, connect(flags=flags))
-        else:
-            with pytest.raises(AuthenticationError, match=problem):
-                log_in(session, connect(flags=flags))
+    """It looks at numbers only where the client has asked for that: a replay would open."""
+    service = sealed_by_the_library
+    log_in(new_session(kdc, service, WireFormat.SAMPLE, allow_rc4=True), connect(service, flags=flags))
+    session = new_session(kdc, service, allow_rc4=True)
+    if not missing:
+        assert isinstance(log_in(session, connect(service, flags=flags))._context._sealer, GSSWrapSealer)
+        return
+    with pytest.raises(AuthenticationError) as refusal:
+        log_in(session, connect(service, flags=flags))
+    gss = ", ".join(f"GSS_C_{name}_FLAG" for name in missing)
+    sspi = ", ".join(f"ISC_REQ_{name}_DETECT" for name in missing)
+    assert str(refusal.value).endswith(f" lacks {', '.join(missing)}: its client must ask for {gss} (SSPI: {sspi})")
 
 
 @pytest.mark.parametrize("problem", ["conf", "dce"])
@@ -198,7 +223,7 @@ def test_row_p_no_confidentiality_and_dce_style_are_refused(kdc: Kdc, problem: s
     flags = ContextFlag.CONF | ContextFlag.INTEG | ContextFlag.REPLAY | ContextFlag.SEQUENCE
     bits = int(flags & ~ContextFlag.CONF) if problem == "conf" else int(flags) | 0x1000
     ticket = kerberos.Ticket("alice@R", bits, 60, 18, False, None)
-    with pytest.raises(AuthenticationError, match="lacks CONF|DCE style"):
+    with pytest.raises(AuthenticationError, match="lacks CONF: its client must ask for GSS_C_CONF_FLAG|DCE style"):
         kerberos.check(ticket, kerberos.KerberosPolicy(), flags, lambda: "host/x@R")
 
 
@@ -226,10 +251,17 @@ def test_row_t_a_message_that_is_signed_but_not_encrypted_is_refused(kdc: Kdc, c
         receive(session, token[:16], token[16:])
 
 
+@pytest.mark.parametrize("sealer", ["ours", "ours, unasked", "the library's", "the library's, rc4"])
 @pytest.mark.parametrize("order", [[1], [0, 0], [0, 2], [1, 0], [0, 1, 0]])
-def test_a_gap_a_repetition_or_another_order_is_fatal(kdc: Kdc, connect: Connect, order: list[int]) -> None:
-    initiator = connect()
-    session = log_in(new_session(kdc), initiator)
+def test_a_gap_a_repetition_or_another_order_is_fatal(
+    kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch, order: list[int], sealer: str
+) -> None:
+    if sealer == "the library's":
+        monkeypatch.setattr(native, "_sealing", None)
+    service = "rc4" if "rc4" in sealer else "aes256"
+    initiator = connect(service, flags=("conf",) if "unasked" in sealer else USUAL_FLAGS)
+    session = log_in(new_session(kdc, service, allow_rc4=True), initiator)
+    assert isinstance(session._context._sealer, GSSWrapSealer) is ("library" in sealer)
     records = [initiator.seal(b"%d" % number) for number in range(3)]
     with pytest.raises(UnsealError):
         for number in order:

@@ -35,6 +35,7 @@ from peers.kerberos import (
 )
 from peers.kerberos.fixtures import each_with_its_kdcs, join
 from peers.kerberos.kinds import (
+    DOTNET_KERBEROS_NEGOTIATE,
     HEIMDAL_RAW,
     HEIMDAL_SPNEGO,
     MIT_RAW,
@@ -43,7 +44,7 @@ from peers.kerberos.kinds import (
     PYTHON_GSSAPI_RAW,
     PYTHON_GSSAPI_SPNEGO,
 )
-from peers.kerberos.realm import Flag
+from peers.kerberos.realm import USUAL_FLAGS, Flag
 from peers.pyspnego_peer import PYSPNEGO_NTLM
 from peers.requirements import require
 from test_peers import ALICE, MESSAGE, Channel, Connection, Server, accounts, in_thread, serving
@@ -57,6 +58,8 @@ from triosspi import (
     WireFormat,
     open_sspi_over_tcp_channel,
 )
+from triosspi.security import native
+from triosspi.security.identity import ContextFlag
 
 TRAILERS = {17: 60, 18: 60, 19: 64, 20: 72}
 SERVICES = {
@@ -64,8 +67,9 @@ SERVICES = {
     "samba": {"aes128": 17, "aes256": 18},
 }
 SIZES = [1, 15, 16, 17, 1024, 65_536, 1024 * 1024 - 1]
-# All that `framed` demands; what the sample's client asks for is confidentiality alone.
 WITHOUT_MUTUAL: tuple[Flag, ...] = ("replay", "sequence", "conf", "integ")
+# All that `framed` demands; what the sample's client asks for is confidentiality alone.
+SEALED: tuple[Flag, ...] = ("conf", "integ")
 
 # Positions in a sealed message as it is on the wire, trailer and ciphertext together (RFC 4121 4.2.6.2).
 PLACES = {
@@ -278,6 +282,62 @@ async def test_peer_without_mutual_authentication_talks_both_ways(peer: Kerberos
     assert_is_alice(server, kdc, mutual=False)
 
 
+@each_with_its_kdcs()
+async def test_peer_that_asks_for_sealing_alone_is_served_and_its_messages_are_taken_in_their_order(
+    peer: KerberosPeerKind, kdc: Kdc, caplog: pytest.LogCaptureFixture
+) -> None:
+    """.NET on Linux can ask for no more. Every peer numbers its messages all the same, and we look at the numbers."""
+    require(peer)
+    flags: tuple[Flag, ...] = ("mutual", *SEALED) if peer.needs_mutual else SEALED
+
+    def talk(server: Server, order: list[int]) -> None:
+        with logged_in(peer, server, kdc.login(flags=flags, layout=peer.layouts[-1])) as connection:
+            for size in (1, 17, 5000):
+                connection.echo(bytes(size))
+            records = [wire.frame(connection.initiator, b"%d" % number) for number in range(3)]
+            wire.send_all(connection.sock, b"".join(records[number] for number in order))
+            for number in order[:-1]:
+                assert connection.receive() == b"%d" % number
+            with pytest.raises(wire.Closed):
+                connection.receive()
+
+    orders = [[0, 0], [0, 2], [1]]
+    async with serving(acceptor_for(kdc)) as server:
+        for order in orders:
+            await in_thread(talk, server, order)
+        await server.wait_until_over(len(orders))
+    assert server.statistics.lost == len(orders)
+    assert_is_alice(server, kdc, mutual="mutual" in flags)
+    for identity in server.peers:
+        assert identity.flags & ~ContextFlag.MUTUAL == ContextFlag.CONF | ContextFlag.INTEG
+    assert sum("connection lost: a message did not open" in line for line in caplog.messages) == len(orders)
+
+
+@each_with_its_kdcs()
+async def test_whether_the_peer_looks_at_the_order_is_what_it_asked_for(peer: KerberosPeerKind, kdc: Kdc) -> None:
+    """What docs/clients.md says of the peers' own side, which is theirs to choose."""
+    require(peer)
+
+    def opens_out_of_order(server: Server, flags: tuple[Flag, ...]) -> list[bool]:
+        with logged_in(peer, server, kdc.login(flags=flags, layout=peer.layouts[-1])) as connection:
+            records = []
+            for _ in range(3):
+                connection.send(b"abc")
+                records.append(wire.split_sealed(wire.recv_prefixed(connection.sock)))
+            opened = []
+            for number in (0, 0, 2):
+                try:
+                    opened.append(connection.initiator.open(*records[number]) == b"abc")
+                except PeerError:
+                    opened.append(False)
+            return opened
+
+    async with serving(acceptor_for(kdc)) as server:
+        assert await in_thread(opens_out_of_order, server, ("mutual", *SEALED)) == [True, True, True]
+        seen = await in_thread(opens_out_of_order, server, USUAL_FLAGS)
+    assert seen == ([True, False, False] if peer.sees_order else [True, True, True])
+
+
 def other_enctypes(peers: Iterable[KerberosPeerKind]) -> list[Any]:
     return [
         pytest.param(peer, realm, service, id=f"{peer}-{realm}-{service}")
@@ -430,6 +490,31 @@ async def test_a_client_that_says_it_is_done_without_having_authenticated_is_ref
     assert len(made[0].received) == 2
     assert (server.peers, server.statistics.authenticated, server.statistics.refused) == ([], 0, 1)
     assert caplog.messages[-1].endswith("the peer says that it is done, but nobody has authenticated")
+
+
+@pytest.mark.parametrize("peer", [MIT_RAW, DOTNET_KERBEROS_NEGOTIATE], ids=str)
+async def test_where_the_kerberos_library_seals_who_has_not_asked_for_the_order_is_refused_and_the_log_says_what_to_ask(
+    peer: KerberosPeerKind, mit_kdc: Kdc, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    require(peer)
+    join(mit_kdc, monkeypatch)
+    monkeypatch.setattr(native, "_sealing", None)
+    login = mit_kdc.login(flags=("mutual", *SEALED))
+
+    def log_in(server: Server) -> bytes:
+        with closing(peer.new(login)) as initiator, wire.connect("127.0.0.1", server.port) as sock:
+            with pytest.raises(wire.Refused):
+                wire.login(sock, initiator)
+            return wire.recv_to_eof(sock)
+
+    async with serving(acceptor_for(mit_kdc)) as server:
+        assert await in_thread(log_in, server) == b""
+        await server.wait_until_over()
+    assert server.peers == []
+    assert caplog.messages[-1].endswith(
+        "login refused: Kerberos: the context of 'alice@MIT.TEST' lacks REPLAY, SEQUENCE: its client must ask for"
+        " GSS_C_REPLAY_FLAG, GSS_C_SEQUENCE_FLAG (SSPI: ISC_REQ_REPLAY_DETECT, ISC_REQ_SEQUENCE_DETECT)"
+    )
 
 
 # ---- what is changed on the way ----

@@ -77,6 +77,7 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
         "deploy/kubernetes.yaml",
         "deploy/triosspi.service",
         "deploy/triosspi.socket",
+        "docs/clients.md",
         "docs/deployment.md",
         "pyproject.toml",
         "scripts/os-packages.sh",

@@ -734,7 +734,10 @@ def test_a_context_seals_with_the_systems_own_layout():
         ({"session_key": b""}, "no session key"),
         ({"client_principal": None}, "names no client"),
         ({"client_principal": ""}, "names no client"),
-        ({"context_attr": 0x2E}, "lacks CONF"),
+        (
+            {"context_attr": 0x2E},
+            r"lacks CONF: its client must ask for GSS_C_CONF_FLAG \(SSPI: ISC_REQ_CONFIDENTIALITY\)",
+        ),
         ({"context_attr": 0x1E}, "lacks INTEG"),
         ({"context_attr": 0x3A}, "lacks REPLAY"),
         ({"context_attr": 0x36}, "lacks SEQUENCE"),

@@ -40,7 +40,8 @@ from .security.identity import ContextFlag, ContextSizes, PeerIdentity, Traffic
 MAX_ROUNDS: Final = 10
 
 # What a Kerberos context must provide. The sample's client asks for confidentiality and nothing else;
-# where messages go back and forth, a missing, repeated or exchanged one must be noticed.
+# where messages go back and forth, a missing, repeated or exchanged one must be noticed: by the Kerberos library,
+# where it is what seals (see `security.policy`).
 _DEMANDED: Final = {
     WireFormat.SAMPLE: ContextFlag.CONF,
     WireFormat.FRAMED: ContextFlag.CONF | ContextFlag.INTEG | ContextFlag.REPLAY | ContextFlag.SEQUENCE,

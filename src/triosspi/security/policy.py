@@ -16,8 +16,9 @@ from spnego import ContextProxy
 from .._errors import AuthenticationError
 from .authorization import Authorization
 from .identity import ContextFlag, PeerIdentity
-from .kerberos import KerberosPolicy, Ticket, check_enctype, enctype_name
+from .kerberos import KerberosPolicy, Ticket, ask_for, check_enctype, enctype_name
 from .kerberos import check as check_ticket
+from .native import seals_kerberos
 from .ntlm import REQUIRED_FLAGS
 from .spnego import SPNEGOAcceptor
 from .spnego_compat import (
@@ -34,6 +35,7 @@ _SESSION_KEY_SIZES: Final = (16, 32)
 # The bits of pyspnego's ContextReq that are GSS-API's own.
 _GSS_FLAGS: Final = 0x3F
 _MUTUAL: Final = int(ContextFlag.MUTUAL)
+_ORDER: Final = int(ContextFlag.REPLAY | ContextFlag.SEQUENCE)
 
 
 def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str, **more: Any) -> PeerIdentity:
@@ -61,8 +63,19 @@ def _check_session_key(inner: ContextProxy) -> None:
         raise AuthenticationError("the context has no session key")
 
 
+def _order_is_ours(demanded: ContextFlag, enctype: int) -> int:
+    """What is left of the demands on a Kerberos context where our own sealer will see to the order.
+
+    It compares each message's number with the one that is due, and MIT, Heimdal, .NET and sspi-rs number their
+    messages whatever was asked of them; .NET on Linux cannot ask at all. A Kerberos library that seals for us
+    compares only when the client has asked, and we could not do it in its place: it does not tell the number to
+    begin with, and RC4-HMAC hides them.
+    """
+    return int(demanded) & ~_ORDER if seals_kerberos(enctype) else int(demanded)
+
+
 def _check_flags(proxy: ContextProxy, demanded: ContextFlag) -> None:
-    """Kerberos and native SSPI; NTLM's own flags say more, and are looked at instead."""
+    """An initiator's context; NTLM's own flags say more, and are looked at instead."""
     missing = demanded & ~ContextFlag(int(proxy.context_attr) & _GSS_FLAGS)
     if missing:
         names = ", ".join(str(flag.name) for flag in missing)
@@ -94,7 +107,8 @@ class AcceptorPolicy:
 
         Args:
           proxy: the context.
-          demanded: what a Kerberos context must provide.
+          demanded: what a Kerberos context must provide. Replay and sequence detection only where the system or its
+              Kerberos library seals.
 
         Raises:
           AuthenticationError: it is not, or he may not.
@@ -115,7 +129,8 @@ class AcceptorPolicy:
             return _peer("ntlm", int(inner.context_attr), account.principal, account.domain, account.name)
         if isinstance(inner, AcceptorKerberos):
             assert inner.ticket is not None
-            check_ticket(inner.ticket, self.kerberos, demanded, inner.service)
+            demands = _order_is_ours(demanded, inner.ticket.enctype)
+            check_ticket(inner.ticket, self.kerberos, demands, inner.service)
             return _ticket_peer(inner.ticket)
         return _native_peer(inner, demanded)
 
@@ -140,7 +155,8 @@ def _ticket_peer(ticket: Ticket) -> PeerIdentity:
 def _native_peer(inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
     """What Windows's own SSPI says."""
     _check_session_key(inner)
-    _check_flags(inner, demanded)
+    if missing := int(demanded) & ~int(inner.context_attr):
+        raise AuthenticationError(f"the context lacks {ask_for(missing)}")
     principal = inner.client_principal
     if not principal:
         raise AuthenticationError("the context names no client")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from ..base import missing_module
+from ..dotnet import available as dotnet_available
 from . import building
 from .process import LineAcceptor, LineContext, LineProcess, StepError
 from .realm import ENCTYPES, Kdc, Layout, Login, Service
@@ -47,10 +48,14 @@ class KerberosPeerKind:
             the trailer and the data, "iov" only what EncryptMessage would have made.
         reads_ccache: Whether it can log in with a ticket that is there already. Else it takes the password.
         takes_password: Whether it can log in with a password. Heimdal's SPNEGO cannot.
+        falls_back: Whether it goes on with NTLM where Kerberos gives it no ticket.
         wraps: Whether it has gss_wrap beside the sealing, and `info`.
         tells_key: Whether it has `key`.
         counts_without_mutual: Whether it knows the number of an acceptor's first message where no AP-REP has told it.
-            Heimdal expects zero, and reports a gap; acceptors begin with the initiator's own.
+            Heimdal expects zero, and reports a gap if it looks at the order at all; acceptors begin with the
+            initiator's own.
+        sees_order: Whether it refuses a message of ours that was repeated, or came before its turn, when told to ask for
+            replay and sequence detection. sspi-rs never looks; .NET has no option for it.
         bad_luck: What it says of a login that fails now and then, through no fault of the acceptor's. sspi-rs refuses
             an AP-REP whose sequence number, a random one, is written in fewer than four bytes: one in 128 of MIT's.
         probe: Why it cannot run here, or None. Called anew each time: it must be cheap.
@@ -66,9 +71,11 @@ class KerberosPeerKind:
     layouts: tuple[Layout, ...]
     reads_ccache: bool = True
     takes_password: bool = True
+    falls_back: bool = False
     wraps: bool = True
     tells_key: bool = True
     counts_without_mutual: bool = True
+    sees_order: bool = True
     bad_luck: str | None = None
     probe: Callable[[], str | None] = field(repr=False)
     command: Callable[[], list[str]] = field(repr=False)
@@ -253,6 +260,7 @@ def _sspi_rs(*, spnego: bool) -> KerberosPeerKind:
         reads_ccache=False,
         wraps=False,
         tells_key=False,
+        sees_order=False,
         bad_luck="SEC_E_INVALID_TOKEN",
         probe=functools.partial(missing_module, "sspilib", "sspilib"),
         command=lambda: [*_WORKER, "sspi-rs", "initiate"],
@@ -261,6 +269,26 @@ def _sspi_rs(*, spnego: bool) -> KerberosPeerKind:
 
 SSPI_RS_KERBEROS_RAW = _sspi_rs(spnego=False)
 SSPI_RS_KERBEROS_NEGOTIATE = _sspi_rs(spnego=True)
+
+
+def _dotnet(*, spnego: bool) -> KerberosPeerKind:
+    return KerberosPeerKind(
+        name=f"dotnet-kerberos-{'negotiate' if spnego else 'raw'}",
+        spnego=spnego,
+        # A ChannelBinding is the runtime's handle of a TLS connection, and not to be made of bytes.
+        bindings=False,
+        layouts=("wrap",),
+        falls_back=spnego,
+        wraps=False,
+        tells_key=False,
+        sees_order=False,
+        probe=dotnet_available,
+        command=lambda: [*_WORKER, "dotnet", "initiate"],
+    )
+
+
+DOTNET_KERBEROS_RAW = _dotnet(spnego=False)
+DOTNET_KERBEROS_NEGOTIATE = _dotnet(spnego=True)
 
 KERBEROS_PEERS: list[KerberosPeerKind] = [
     MIT_RAW,
@@ -273,6 +301,8 @@ KERBEROS_PEERS: list[KerberosPeerKind] = [
     PYSPNEGO_KERBEROS_NEGOTIATE,
     SSPI_RS_KERBEROS_RAW,
     SSPI_RS_KERBEROS_NEGOTIATE,
+    DOTNET_KERBEROS_RAW,
+    DOTNET_KERBEROS_NEGOTIATE,
 ]
 
 KERBEROS_ACCEPTORS: list[KerberosAcceptorKind] = [
@@ -309,5 +339,16 @@ KERBEROS_ACCEPTORS: list[KerberosAcceptorKind] = [
         tells_key=False,
         probe=_python_gssapi,
         command=lambda: [*_WORKER, "pyspnego", "accept"],
+    ),
+    *(
+        KerberosAcceptorKind(
+            name=f"dotnet-{'spnego' if spnego else 'raw'}",
+            spnego=spnego,
+            layouts=("wrap",),
+            tells_key=False,
+            probe=dotnet_available,
+            command=lambda: [*_WORKER, "dotnet", "accept"],
+        )
+        for spnego in (False, True)
     ),
 ]

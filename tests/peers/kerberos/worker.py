@@ -1,6 +1,6 @@
 """The Kerberos peers that are Python packages, each in a process of its own: a program with the interface of the C ones.
 
-    worker.py gssapi|pyspnego|sspi-rs initiate|accept [options as initiator.c and acceptor.c have them]
+    worker.py gssapi|pyspnego|sspi-rs|dotnet initiate|accept [options as initiator.c and acceptor.c have them]
 
 See `lines.h` for what is said over stdin and stdout. Not imported by anything: started by `kinds.py`.
 """
@@ -277,6 +277,52 @@ class SspiRs:
         raise NotImplementedError("sspi-rs does not tell")
 
 
+class Dotnet:
+    """.NET's NegotiateAuthentication. Its Kerberos is the machine's libgssapi, which is asked for less than by others.
+
+    Under SPNEGO, which here is .NET's own; where NTLM is not .NET's own, SPNEGO is libgssapi's too.
+    """
+
+    def __init__(self, options: argparse.Namespace, password: str | None) -> None:
+        from peers import dotnet_peer
+
+        self._logins = dotnet_peer.Logins()
+        package = "Negotiate" if options.mech == "spnego" else "Kerberos"
+        if options.side == "accept":
+            self._logins.accept(1, package)
+            return
+        credential = None
+        if password is not None:
+            username, _, domain = options.user.partition("@")
+            credential = [username, password, domain]
+        self._logins.new(1, package, credential, options.target.partition("@")[0], options.flags)
+
+    def step(self, token: bytes) -> tuple[bytes, bool]:
+        answer = self._logins.step(1, token.hex() or None)
+        return bytes.fromhex(answer["token"] or ""), answer["complete"]
+
+    def seal(self, message: bytes) -> tuple[bytes, bytes]:
+        token = bytes.fromhex(self._logins.seal(1, message.hex())["data"])
+        cut = len(token) - len(message)
+        return token[:cut], token[cut:]
+
+    def open(self, trailer: bytes, data: bytes) -> bytes:
+        return bytes.fromhex(self._logins.open(1, (trailer + data).hex())["data"])
+
+    def wrap(self, message: bytes, confidential: bool) -> bytes:
+        raise NotImplementedError("see seal")
+
+    def unwrap(self, token: bytes) -> tuple[bytes, bool]:
+        raise NotImplementedError("see open")
+
+    def key(self) -> tuple[int, bytes]:
+        raise NotImplementedError(".NET does not tell the enctype")
+
+    def info(self) -> tuple[int, int, str, str, str]:
+        flags, client = self._logins.describe(1)
+        return flags, 0, client, "", ""
+
+
 def _sealed(message: bytes, encrypted: bool) -> bytes:
     if not encrypted:
         raise ValueError("the message was signed and not sealed")
@@ -333,6 +379,7 @@ def main() -> None:
         "gssapi": PythonGSSAPI,
         "pyspnego": Pyspnego,
         "sspi-rs": SspiRs,
+        "dotnet": Dotnet,
     }
     parser.add_argument("package", choices=packages)
     parser.add_argument("side", choices=["initiate", "accept"])
