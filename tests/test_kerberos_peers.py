@@ -313,6 +313,32 @@ async def test_peer_that_asks_for_sealing_alone_is_served_and_its_messages_are_t
     assert sum("connection lost: a message did not open" in line for line in caplog.messages) == len(orders)
 
 
+# What docs/clients.md says that each asks for by itself, by the beginnings of their names.
+BY_ITSELF = {
+    "mit": ContextFlag.CONF | ContextFlag.INTEG,
+    "heimdal": ContextFlag.CONF | ContextFlag.INTEG,
+    "python-gssapi": ContextFlag.MUTUAL | ContextFlag.SEQUENCE | ContextFlag.CONF | ContextFlag.INTEG,
+    "pyspnego": ContextFlag(0x3E),
+    "sspi-rs": ContextFlag(0x3E),
+    "dotnet": ContextFlag.CONF | ContextFlag.INTEG,
+}
+
+
+@each_with_its_kdcs()
+async def test_peer_that_is_told_nothing_is_served(peer: KerberosPeerKind, kdc: Kdc) -> None:
+    require(peer)
+
+    def talk(server: Server) -> None:
+        with logged_in(peer, server, kdc.login(flags=(), layout=peer.layouts[-1])) as connection:
+            connection.echo(b"as I am")
+
+    async with serving(acceptor_for(kdc)) as server:
+        await in_thread(talk, server)
+    (wanted,) = (flags for name, flags in BY_ITSELF.items() if peer.name.startswith(name))
+    assert {identity.flags for identity in server.peers} == {wanted}
+    assert_is_alice(server, kdc, mutual=ContextFlag.MUTUAL in wanted)
+
+
 @each_with_its_kdcs()
 async def test_whether_the_peer_looks_at_the_order_is_what_it_asked_for(peer: KerberosPeerKind, kdc: Kdc) -> None:
     """What docs/clients.md says of the peers' own side, which is theirs to choose."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .base import Initiator, PeerError, Sealing
 
-TIMEOUT = 10.0  # seconds, for each single read or write
+TIMEOUT = 30.0  # seconds, for each single read or write; on a busy machine a peer takes ten to start its runtime
 
 # Longer than any peer's token and any test's message; a server that announces more is broken.
 _SANE = 4 * 1024 * 1024

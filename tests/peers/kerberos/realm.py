@@ -64,7 +64,7 @@ class Login:
         username: Without the realm.
         password: For peers that cannot read a ticket cache, and when there is none.
         ccache: The name of a cache with tickets, or None: log in by password.
-        flags: Context flags to ask for.
+        flags: Context flags to ask for; with none of them the library asks for what it does by itself.
         bindings: The application data of channel bindings.
         layout: How to seal, where a library has two ways.
         config: krb5.conf.

@@ -192,7 +192,9 @@ class Pyspnego:
             self._context = spnego.server(**arguments)
         else:
             user = None if password is None else KerberosOnlyPassword(options.user, password)
-            self._context = spnego.client(user, context_req=wanted, **arguments)
+            if wanted:
+                arguments["context_req"] = wanted
+            self._context = spnego.client(user, **arguments)
 
     def step(self, token: bytes) -> tuple[bytes, bool]:
         answer = self._context.step(token or None) or b""
@@ -251,7 +253,7 @@ class SspiRs:
         credential = sspilib.UserCredential(username, password or "", domain, protocol=protocol)
         target = options.target.partition("@")[0]
         self._context = sspi_rs_peer._Context(
-            sspilib.ClientSecurityContext(credential, target, flags=wanted, channel_bindings=bindings)
+            sspilib.ClientSecurityContext(credential, target, flags=wanted or None, channel_bindings=bindings)
         )
 
     def step(self, token: bytes) -> tuple[bytes, bool]:
