@@ -26,8 +26,9 @@ ABOVE: dict[str, set[str]] = {
     "_session": {"_framing", "_errors", "_wire", "security"},
     "_server_threads": set(),
     "_channel": {"_framing", "_errors", "_wire", "security", "_session", "_server_threads"},
-    "_listener": {"_framing", "_errors", "_wire", "security", "_session", "_channel"},
-    "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_listener"},
+    "_accepting": set(),
+    "_listener": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_accepting"},
+    "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_accepting", "_listener"},
     "_thread_ids": set(),
     "impersonation": {"_errors", "security", "_thread_ids", "_server_threads", "impersonation"},
     "service": {
@@ -39,6 +40,7 @@ ABOVE: dict[str, set[str]] = {
             "_session",
             "_server_threads",
             "_channel",
+            "_accepting",
             "_listener",
             "_tcp",
             "impersonation",
@@ -49,7 +51,7 @@ ABOVE: dict[str, set[str]] = {
     "__init__": {"_errors", "_wire", "security", "_session", "_channel", "_listener", "_tcp", "impersonation"},
     "__main__": {"service"},
 }
-KNOW_TRIO = {"_server_threads", "_channel", "_listener", "_tcp", "impersonation", "service"}
+KNOW_TRIO = {"_server_threads", "_channel", "_accepting", "_listener", "_tcp", "impersonation", "service"}
 # Everything that waits for the outside.
 OUTSIDE = {"trio", "asyncio", "anyio", "socket", "ssl", "select", "selectors", "subprocess"}
 

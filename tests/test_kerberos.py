@@ -530,13 +530,13 @@ def test_a_goodbye_of_nothing_is_sealed_and_opened(kdc: Kdc, connect: Connect) -
     assert session.receive_ended
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "library"])
+@pytest.mark.parametrize("by_us", [True, False], ids=["native", "library"])
 @pytest.mark.parametrize("layout", ["wrap", "iov"])
 def test_a_record_opens_where_its_peer_has_cut_it_and_nowhere_else(
-    kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch, layout: str, native: bool
+    kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch, layout: str, by_us: bool
 ) -> None:
     # The trailer's length is under no signature: if it could be changed on the way, so could one bit of a record.
-    if not native:
+    if not by_us:
         monkeypatch.setattr(context, "take_over", lambda *_, **__: None)
     initiator = connect(layout=layout)
     session = log_in(new_session(kdc), initiator)
@@ -555,8 +555,8 @@ def test_a_rotation_that_is_a_whole_turn_too_long_does_not_open(
     kdc: Kdc, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 20 bytes of message: what is turned has 64 bytes, and 28 more than that is 28 with one bit changed.
-    for native in (True, False):
-        if not native:
+    for sealed_natively in (True, False):
+        if not sealed_natively:
             monkeypatch.setattr(context, "take_over", lambda *_, **__: None)
         initiator = connect(layout="iov")
         session = log_in(new_session(kdc), initiator)
