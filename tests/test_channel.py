@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import weakref
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
+from triosspi._tcp import is_ordinary_end
 
 both_formats = pytest.mark.parametrize("wire", WireFormat)
 both_packagings = pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])
@@ -855,6 +857,189 @@ async def test_a_bug_under_the_channel_shows_itself_and_breaks_the_channel():
     error = await raised_by(client.receive)
     assert isinstance(error, trio.BrokenResourceError)
     assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+# What a stranger's transport, tracer or runner may raise; to a channel's user the first ones would promise that
+# nothing has happened, or that the peer has left as it should.
+_MISLEADING = [
+    LocalProtocolError("not bytes"),
+    MessageTooLongError(5, 4),
+    trio.EndOfChannel(),
+    trio.BusyResourceError("somebody else"),
+    trio.ClosedResourceError(),
+    trio.BrokenResourceError(),
+    triosspi.ImpersonationError("nobody"),
+    triosspi.ConfigurationError("no such thing"),
+    UnsealError("another channel's"),
+    OSError(113, "No route to host"),
+    trio.NeedHandshakeError(),
+    trio.WouldBlock(),
+    ValueError("nonsense"),
+    ExceptionGroup("a nursery's", [LocalProtocolError("not bytes")]),
+    KeyboardInterrupt(),
+]
+any_error = pytest.mark.parametrize("error", _MISLEADING, ids=lambda error: type(error).__name__)
+
+
+async def assert_broken(channel: Channel) -> None:
+    """It is of no use any more, and says so each time; closing it says nothing to the peer."""
+    for call in (channel.do_handshake, channel.receive, channel.receive_many, lambda: channel.send(b"x")):
+        broken = await raised_by(call)
+        assert type(broken) is trio.BrokenResourceError
+        assert not is_ordinary_end(broken)
+    channel.transport_stream.before = lambda _name: None
+    channel.transport_stream.calls.clear()
+    await channel.aclose()
+    assert channel.transport_stream.calls == ["aclose"]
+    assert isinstance(await raised_by(channel.receive), trio.ClosedResourceError)
+
+
+async def assert_breaks(channel: Channel, call: Any, error: BaseException) -> None:
+    """The call fails, with nothing that says that the channel is as it was, and leaves it broken."""
+    with pytest.raises(BaseException) as caught:  # noqa: PT011 - the next lines look at it
+        await call()
+    assert not isinstance(caught.value, (triosspi.SSPIError, trio.EndOfChannel, trio.BusyResourceError, OSError))
+    assert caught.value is error or isinstance(caught.value, trio.BrokenResourceError)
+    await assert_broken(channel)
+
+
+def raising(error: BaseException, *names: str) -> Any:
+    def before(name: str) -> None:
+        if name in names:
+            raise error
+
+    return before
+
+
+@any_error
+@pytest.mark.parametrize("method", ["send", "send_many", "receive", "receive_many"])
+async def test_whatever_the_transport_raises_breaks_the_channel(method, error):
+    client, _ = await connected_channels()
+    client.transport_stream.before = raising(error, "send_all", "receive_some")
+    arguments = {"send": [b"x"], "send_many": [[b"x", b"y"]]}.get(method, [])
+    await assert_breaks(client, lambda: getattr(client, method)(*arguments), error)
+
+
+@any_error
+@pytest.mark.parametrize("method", ["do_handshake", "send", "receive"])
+@pytest.mark.parametrize("where", ["send_all", "receive_some"])
+@pytest.mark.parametrize("side", [0, 1], ids=["client", "server"])
+async def test_whatever_the_transport_raises_in_a_handshake_breaks_the_channel(side, where, method, error):
+    # It let a second do_handshake "succeed", and then nobody was there.
+    channels = make_channels()
+    channel = channels[side]
+    channel.transport_stream.before = raising(error, where)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raised_by, channels[1 - side].do_handshake)
+        arguments = [b"x"] if method == "send" else []
+        await assert_breaks(channel, lambda: getattr(channel, method)(*arguments), error)
+
+
+@any_error
+async def test_whatever_runs_the_steps_may_raise_and_breaks_the_channel(error):
+    async def run_blocking(_step: Any, _token: object) -> bytes:
+        raise error
+
+    stream = RecordingStream(ScriptedStream([frame(b"token")]))
+    channel, _ = plain_channel(stream, "accept", [b"done"], may_block=True, run_blocking=run_blocking)
+    await assert_breaks(channel, channel.do_handshake, error)
+
+
+@pytest.mark.parametrize("result", [None, "text", 5], ids=lambda result: type(result).__name__)
+async def test_a_runner_that_returns_something_else_breaks_the_channel(result):
+    async def run_blocking(step: Any, token: object) -> Any:
+        step(token)
+        return result
+
+    stream = RecordingStream(ScriptedStream([frame(b"token")]))
+    channel, _ = plain_channel(stream, "accept", [b"done"], may_block=True, run_blocking=run_blocking)
+    assert isinstance(await raised_by(channel.do_handshake), TypeError)
+    await assert_broken(channel)
+
+
+@any_error
+@pytest.mark.parametrize("callback", ["token_received", "token_made", "message_sealed"])
+async def test_whatever_a_tracer_raises_breaks_the_channel(callback, error):
+    # When it is told of a sealed message, that one's sequence number is gone.
+    class Tracer:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: raising(error, callback)(name)
+
+    channels = [
+        SSPIChannel(RecordingStream(stream), credential, tracer=tracer)
+        for stream, credential, tracer in zip(
+            trio.testing.memory_stream_pair(), (make_initiator(), make_acceptor()), (None, Tracer()), strict=True
+        )
+    ]
+    client, server = channels
+    async with trio.open_nursery() as nursery:
+        if callback == "message_sealed":
+            await shake_hands(client, server)
+        else:
+            nursery.start_soon(raised_by, client.do_handshake)
+        await assert_breaks(server, lambda: server.send(b"x"), error)
+
+
+@pytest.mark.parametrize("given", [None, "", "text", 0, []], ids=repr)
+@pytest.mark.parametrize("shaken", [False, True], ids=["handshake", "receive"])
+async def test_a_transport_that_gives_no_bytes_breaks_the_channel_and_is_no_end(given, shaken):
+    client, server = make_channels()
+    if shaken:
+        await shake_hands(client, server)
+
+    async def receive_some(_max_bytes: int | None = None) -> Any:
+        await trio.lowlevel.checkpoint()
+        return given
+
+    server.transport_stream.receive_some = receive_some
+    assert isinstance(await raised_by(server.receive), TypeError)
+    await assert_broken(server)
+
+
+@any_error
+async def test_no_error_of_a_transports_farewell_is_told_but_bugs_and_all_is_closed(error):
+    for name in ("send_all", "send_eof", "receive_some"):
+        client, _ = await connected_channels()
+        client.transport_stream.before = raising(error, name)
+        shows_itself = isinstance(error, (trio.NeedHandshakeError, trio.WouldBlock, ExceptionGroup, KeyboardInterrupt))
+        with suppress(type(error)) if shows_itself or type(error) is ValueError else nullcontext():
+            await client.aclose()
+        assert client.transport_stream.calls[-1] == "aclose"
+        assert isinstance(await raised_by(client.receive), trio.ClosedResourceError)
+
+
+async def test_a_tracer_that_raises_at_the_end_does_not_keep_the_goodbye_back():
+    client, server = await connected_channels()
+    tracer = Tracer()
+    tracer.refuses = True
+    client.tracer = tracer
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(raised_by, client.aclose)
+        with pytest.raises(trio.EndOfChannel):
+            await server.receive()
+        await server.aclose()
+    assert client.transport_stream.calls[-1] == "aclose"
+
+
+@pytest.mark.parametrize("cause", [trio.EndOfChannel(), TruncatedError("left", at_boundary=True)], ids=repr)
+async def test_how_the_transports_own_peer_left_says_nothing_of_ours(cause):
+    # The transport is another channel, whose peer is the hop before; ours may have been cut off by it.
+    client, _ = await connected_channels()
+
+    def lose(_name: str) -> None:
+        raise trio.BrokenResourceError from cause
+
+    client.transport_stream.before = lose
+    error = await raised_by(client.receive)
+    assert isinstance(error, trio.BrokenResourceError)
+    assert not is_ordinary_end(error)
+
+
+async def test_messages_without_a_length_are_refused_and_cost_nothing():
+    client, server = await connected_channels()
+    assert isinstance(await raised_by(client.send_many, iter([b"x"])), TypeError)
+    await client.send(b"next")
+    assert await server.receive() == b"next"
 
 
 # ---- cancellation ----

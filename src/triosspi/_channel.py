@@ -7,7 +7,9 @@
 #
 # * Seal order must be wire order. Sealing happens within the send detector's region, with no checkpoint
 #   between it and `send_all`. Whatever interrupts `send_all` (Cancelled too) may have cut a record in
-#   two, and has in any case used up a sequence number: the channel is broken then.
+#   two, and has in any case used up a sequence number: the channel is broken then. So what cannot be sent
+#   is refused before sealing begins, and from there on no exception is harmless, whatever its type says:
+#   the transport may be a stranger's adapter, or another channel.
 # * Receiving is cancel-safe: there is no await between reading the transport and storing what it gave,
 #   nor between taking messages out and returning them. So the checkpoint of the fast path comes first.
 # * The handshake is done once, by whoever needs it first; the others wait for its end, good or bad.
@@ -33,7 +35,7 @@ from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 import trio
 
 from . import _server_threads
-from ._errors import LocalProtocolError, RemoteProtocolError
+from ._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError
 from ._session import Session, Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
 from .security.credentials import Acceptor, Initiator
@@ -51,6 +53,18 @@ _DRAIN_LIMIT: Final = 1024 * 1024
 _NOTHING: Final[list[bytes]] = []
 
 _RECEIVING: Final = "another task is receiving on this SSPIChannel"
+
+# What a transport says when it is of no use any more, in its own words or in ours: it may be an adapter around
+# another channel. Taken at its word, an EndOfChannel would be our peer's sealed goodbye, a LocalProtocolError
+# would promise that nothing was sent, and a BusyResourceError that nothing has happened.
+_LOST: Final = (
+    SSPIError,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    trio.BusyResourceError,
+    trio.EndOfChannel,
+    OSError,
+)
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 T = TypeVar("T")
@@ -261,21 +275,25 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         self._cause = exc
         if isinstance(exc, trio.BrokenResourceError):
             # The stream's own error says only that; what it was is behind it. And an acceptor that
-            # refuses a login may well reset the connection where another one would end it.
-            self._cause = self._session.explain_end() or exc.__cause__ or exc
+            # refuses a login may well reset the connection where another one would end it. Where the stream is
+            # another channel's, how that one's peer left says nothing of ours.
+            foreign = isinstance(exc.__cause__, (SSPIError, trio.EndOfChannel))
+            self._cause = self._session.explain_end() or (None if foreign else exc.__cause__) or exc
+        elif isinstance(exc, trio.EndOfChannel):
+            self._cause = TruncatedError("the transport raised EndOfChannel, which is no goodbye", at_boundary=False)
 
     def _translate(self, exc: BaseException, *, cancel_breaks: bool) -> None:
         """Turn what the transport and the session raise into the channel's state, and raise Trio's error for it.
 
         Returns where the error is to go on as it is.
         """
-        if isinstance(exc, LocalProtocolError):
+        if isinstance(exc, trio.EndOfChannel) and self._stopped and not cancel_breaks:
+            # Our own, from `stop_receiving`.
             return
-        if isinstance(exc, (RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)):
+        if cancel_breaks or not isinstance(exc, trio.Cancelled):
             self._break(exc)
+        if isinstance(exc, _LOST):
             self._check_usable()
-        elif cancel_breaks or not isinstance(exc, (trio.Cancelled, trio.EndOfChannel)):
-            self._break(exc)
 
     # Handshake
 
@@ -320,6 +338,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         while True:
             if session.may_block:
                 data = await self._run_blocking(session.step, token)
+                if not isinstance(data, bytes):
+                    # Else the handshake would wait for the answer to a token that was never sent.
+                    raise TypeError(f"run_blocking must return what the step returns, not {type(data).__name__}")
             elif session.accepts:
                 async with _login_turn():
                     data = session.step(token)
@@ -382,11 +403,14 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 raise trio.BrokenResourceError(
                     "the peer has said goodbye, and reads nothing more"
                 ) from trio.EndOfChannel()
-            if not messages:
+            # Not its truth: what has no length, as a generator, would be used up by the check, and nothing be sent.
+            if len(messages) == 0:
                 await trio.lowlevel.cancel_shielded_checkpoint()
                 return
+            # What is refused here costs nothing; what fails from here on has used up a sequence number.
+            session.check_messages(messages)
             try:
-                await self.transport_stream.send_all(session.seal(messages))
+                await self.transport_stream.send_all(session.seal_checked(messages))
             except BaseException as exc:
                 self._translate(exc, cancel_breaks=True)
                 raise
@@ -569,17 +593,19 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         self._cause = None
         self._left = _NOTHING
         try:
-            if self.tracer is not None:
-                self.tracer.closed()
-            if polite:
-                await self._farewell()
+            try:
+                if self.tracer is not None:
+                    self.tracer.closed()
+            finally:
+                if polite:
+                    await self._farewell()
         finally:
             await self.transport_stream.aclose()
 
     async def _farewell(self) -> None:
         transport = self.transport_stream
         # The peer may be gone already, or its transport broken: then there is nobody to be polite to.
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, RemoteProtocolError):
+        with suppress(*_LOST):
             with trio.move_on_after(_GOODBYE_TIMEOUT) as in_time:
                 goodbye = self._session.goodbye()
                 if goodbye:

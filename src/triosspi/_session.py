@@ -229,6 +229,18 @@ class Session:
             raise AuthenticationError("the mechanism has nothing more to say, and is not done")
         return data
 
+    def check_messages(self, messages: Sequence[bytes]) -> None:
+        """Refuse what cannot be sent, before sealing it costs anything.
+
+        Raises:
+          LocalProtocolError: one of them cannot be sent.
+        """
+        if self._said_all:
+            raise LocalProtocolError("nothing more can be sent: the sample's format has one message, the acceptor's")
+        self._codec.check_messages(messages)
+        if self._wire is WireFormat.SAMPLE and len(messages) > 1:
+            raise LocalProtocolError("the sample's format has one message only")
+
     def seal(self, messages: Sequence[bytes]) -> bytes:
         """Seal messages, in order, into the bytes to send. These must be sent, before any others.
 
@@ -236,12 +248,18 @@ class Session:
           LocalProtocolError: one of them cannot be sent; then none was sealed.
           UnsealError: the context is of no use any more.
         """
-        if self._said_all:
-            raise LocalProtocolError("nothing more can be sent: the sample's format has one message, the acceptor's")
-        self._codec.check_messages(messages)
+        self.check_messages(messages)
+        return self.seal_checked(messages)
+
+    def seal_checked(self, messages: Sequence[bytes]) -> bytes:
+        """The same, for messages that `check_messages` has let through.
+
+        Whatever this raises, a tracer's own too, may have cost a sequence number.
+
+        Raises:
+          UnsealError: the context is of no use any more.
+        """
         if self._wire is WireFormat.SAMPLE:
-            if len(messages) > 1:
-                raise LocalProtocolError("the sample's format has one message only")
             self._said_all = True
         self._context.check_alive()
         if self._batches is not None and self._tracer is None:

@@ -103,11 +103,17 @@ class Codec:
         self._eof = False
 
     def feed(self, data: bytes | bytearray) -> None:
-        """Store bytes from the transport; an empty ``data`` is the end of the stream."""
+        """Store bytes from the transport; an empty ``data`` is the end of the stream.
+
+        Raises:
+          TypeError: it is no bytes; None is no end.
+        """
         if data:
             self._scanner.feed(data)
-        else:
+        elif isinstance(data, (bytes, bytearray)):
             self._eof = True
+        else:
+            raise TypeError(f"a transport gives bytes, not {type(data).__name__}")
 
     @property
     def ended(self) -> bool:
