@@ -372,6 +372,35 @@ async def test_a_message_that_does_not_open_is_counted() -> None:
     assert len(running.told.all("unseal_failure")) == 1
 
 
+@pytest.mark.parametrize(
+    ("beside", "outcome"),
+    [
+        (trio.EndOfChannel(), "lost"),
+        (trio.BrokenResourceError("reset"), "lost"),
+        (ValueError("a bug"), "handler_error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("first", [False, True])
+async def test_a_message_that_does_not_open_is_counted_beside_whatever_else_the_handler_ran_into(
+    beside: Exception, outcome: str, first: bool
+) -> None:
+    async def handler(channel: SSPIChannel[Any]) -> None:
+        try:
+            await channel.receive()
+        except trio.BrokenResourceError as exc:
+            inner = ExceptionGroup("inner", [exc])
+            raise ExceptionGroup("outer", [beside, inner] if first else [inner, beside]) from None
+
+    async with serving(handler) as running:
+        client = await running.client()
+        await client.transport_stream.send_all(b"\x24\0\0\0\x10\0\0\0" + bytes(32))
+        await running.told.until(lambda: running.told.ends)
+        await client.aclose()
+    assert running.told.outcomes() == [outcome]
+    assert len(running.told.all("unseal_failure")) == 1
+
+
 # Limits
 
 

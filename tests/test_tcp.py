@@ -36,6 +36,7 @@ from harness import (
 from triosspi import (
     AuthenticationError,
     ConfigurationError,
+    ImpersonationError,
     Initiator,
     ServerStatistics,
     SSPIChannel,
@@ -235,6 +236,71 @@ async def test_a_handlers_group_of_lost_connections_is_a_lost_connection(caplog)
         await trio.testing.wait_all_tasks_blocked()
     assert (server.statistics.handler_errors, server.statistics.lost) == (0, 1)
     assert [level for level, _ in server_log(caplog)] == ["WARNING"]
+
+
+def _broken(cause: BaseException) -> trio.BrokenResourceError:
+    broken = trio.BrokenResourceError(str(cause))
+    broken.__cause__ = cause
+    return broken
+
+
+def _during(context: BaseException, error: Exception) -> Exception:
+    error.__context__ = context
+    return error
+
+
+LEFT = trio.EndOfChannel()
+LEFT_SILENTLY = _broken(TruncatedError("left", at_boundary=True))
+CUT = _broken(TruncatedError("cut", at_boundary=False))
+FORGED = _broken(UnsealError("forged"))
+NO_ACCOUNT = ImpersonationError("no account here")
+BUG = ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("error", "handler_errors", "lost", "levels"),
+    [
+        (ExceptionGroup("", [LEFT, LEFT_SILENTLY]), 0, 0, ["INFO"]),
+        (ExceptionGroup("", [LEFT, CUT]), 0, 1, ["WARNING: cut"]),
+        (ExceptionGroup("", [LEFT, FORGED]), 0, 1, ["WARNING: forged"]),
+        (ExceptionGroup("", [FORGED, LEFT]), 0, 1, ["WARNING: forged"]),
+        (ExceptionGroup("", [CUT, FORGED, LEFT_SILENTLY]), 0, 1, ["WARNING: forged"]),
+        (
+            ExceptionGroup("", [LEFT, ExceptionGroup("", [CUT, ExceptionGroup("", [FORGED])])]),
+            0,
+            1,
+            ["WARNING: forged"],
+        ),
+        (_during(FORGED, trio.EndOfChannel()), 0, 1, ["WARNING: forged"]),
+        (ExceptionGroup("", [LEFT, BUG]), 1, 0, ["ERROR"]),
+        (ExceptionGroup("", [BUG, FORGED]), 1, 1, ["ERROR", "WARNING: forged"]),
+        (_during(FORGED, ValueError("wrapped")), 1, 1, ["ERROR", "WARNING: forged"]),
+        (ExceptionGroup("", [LEFT, NO_ACCOUNT]), 1, 0, ["WARNING: no account here"]),
+        (ExceptionGroup("", [NO_ACCOUNT, BUG]), 1, 0, ["ERROR"]),
+        (ExceptionGroup("", [NO_ACCOUNT, FORGED]), 1, 1, ["WARNING: no account here", "WARNING: forged"]),
+    ],
+    ids=str,
+)
+async def test_the_worst_of_all_that_a_handler_ran_into_is_how_its_session_ended(
+    error, handler_errors, lost, levels, caplog
+):
+    async def handler(_channel: Channel) -> None:
+        raise error
+
+    async with serving(handler) as server:
+        async with server.connect() as client:
+            await raised_by(client.receive)
+        await trio.testing.wait_all_tasks_blocked()
+    assert (server.statistics.handler_errors, server.statistics.lost) == (handler_errors, lost)
+    told = [
+        level if level != "WARNING" else f"{level}: {text.rpartition(': ')[2]}" for level, text in server_log(caplog)
+    ]
+    assert told == levels
+
+
+async def raised_by(call: Any) -> None:
+    with pytest.raises((trio.BrokenResourceError, trio.EndOfChannel)):
+        await call()
 
 
 async def test_a_reply_that_comes_after_the_peers_goodbye_is_an_ordinary_end(caplog):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +15,7 @@ import trio
 
 from ._accepting import accept_forever, peername
 from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
-from ._errors import ImpersonationError, TruncatedError, printable
+from ._errors import ImpersonationError, TruncatedError, UnsealError, printable
 from ._listener import SSPIListener
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
@@ -346,33 +346,83 @@ def _seconds_left(peer: PeerIdentity) -> float | None:
 
 
 def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
-    end = connection_end(exc)
-    if isinstance(exc, ImpersonationError):
+    end, forged = connection_end(exc), tampering(exc)
+    if (refused := impersonation_refused(exc)) is not None:
         # A line missing in a map, and no bug.
         counts.handler_errors += 1
-        log.warning("%s: %s: cannot be impersonated: %s", source, channel.peer, exc)
+        log.warning("%s: %s: cannot be impersonated: %s", source, channel.peer, refused)
     elif end is None:
         counts.handler_errors += 1
         log.error("%s: %s: the handler failed", source, channel.peer, exc_info=exc)
-    elif is_ordinary_end(end):
+    elif is_ordinary_end(end) and forged is None:
         log.info("%s: %s: closed by the peer", source, channel.peer)
-    else:
+        return
+    if end is not None or forged is not None:
+        # Also beside a bug: else whoever tampers needs only to meet one.
         counts.lost += 1
-        log.warning("%s: %s: connection lost: %s", source, channel.peer, end)
+        log.warning("%s: %s: connection lost: %s", source, channel.peer, forged or end)
+
+
+def _leaves(exc: Exception) -> Iterator[Exception]:
+    """What a group holds, however deep; an exception that is none holds itself."""
+    if isinstance(exc, ExceptionGroup):
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc
 
 
 def connection_end(exc: Exception, *, closed: bool = False) -> Exception | None:
     """The end of the connection that a handler ran into, if that is all that it raised.
 
+    Where a group holds several, it is the worst: a message that did not open before a connection that was
+    lost, and that before a peer that left.
+
     Args:
       exc: what it raised.
       closed: whether somebody else than the handler may have closed the channel.
     """
-    if isinstance(exc, ExceptionGroup):
-        ends = [connection_end(inner, closed=closed) for inner in exc.exceptions]
-        return None if None in ends else ends[0]
+    ends = list(_leaves(exc))
+    return max(ends, key=_gravity) if all(_is_end(end, closed=closed) for end in ends) else None
+
+
+def _is_end(exc: Exception, *, closed: bool) -> bool:
     ended = isinstance(exc, (trio.BrokenResourceError, trio.EndOfChannel))
-    return exc if ended or (closed and isinstance(exc, trio.ClosedResourceError)) else None
+    return ended or (closed and isinstance(exc, trio.ClosedResourceError))
+
+
+def _gravity(end: Exception) -> int:
+    if tampering(end) is not None:
+        return 2
+    return int(not is_ordinary_end(end) and not isinstance(end, trio.ClosedResourceError))
+
+
+def impersonation_refused(exc: Exception, *, closed: bool = False) -> ImpersonationError | None:
+    """That a peer could not be impersonated, if that is all that a handler raised, but for ends of the connection."""
+    refused = None
+    for leaf in _leaves(exc):
+        if isinstance(leaf, ImpersonationError):
+            refused = refused or leaf
+        elif not _is_end(leaf, closed=closed):
+            return None
+    return refused
+
+
+def tampering(exc: BaseException) -> UnsealError | None:
+    """The message that did not open, if one is behind what a handler raised, in whatever it was wrapped."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [exc]
+    while left:
+        found = left.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, UnsealError):
+            return found
+        left += [found.__cause__, found.__context__]
+        if isinstance(found, BaseExceptionGroup):
+            left += found.exceptions
+    return None
 
 
 def is_ordinary_end(exc: Exception) -> bool:

@@ -11,9 +11,9 @@ from typing import Final, Literal, TypeAlias
 import trio
 
 from .._channel import Impersonator, SSPIChannel
-from .._errors import AuthenticationError, ImpersonationError, TruncatedError, UnsealError
+from .._errors import AuthenticationError, TruncatedError
 from .._session import Tracer
-from .._tcp import Handler, TCPChannel, connection_end, is_ordinary_end, said_nothing
+from .._tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
 from ..security.identity import PeerIdentity
@@ -232,17 +232,21 @@ class Service:
             return ("shutdown", None) if errors is None else self._failed(errors, session)
         if not isinstance(exc, Exception):
             return "shutdown", None
-        if isinstance(exc, ImpersonationError):
+        if (forged := tampering(exc)) is not None:
+            # Also beside a bug: else whoever tampers needs only to meet one.
+            self.telemetry.unseal_failure()
+        closed = session.ended_by is not None
+        if (refused := impersonation_refused(exc, closed=closed)) is not None:
             # A line missing in a map, and no bug.
-            log.warning("%s: %s: cannot be impersonated: %s", session.source, session.channel.peer, exc)
-            return "handler_error", type(exc).__name__
-        end = connection_end(exc, closed=session.ended_by is not None)
+            log.warning("%s: %s: cannot be impersonated: %s", session.source, session.channel.peer, refused)
+            return "handler_error", type(refused).__name__
+        end = connection_end(exc, closed=closed)
         if end is None:
             log.error("%s: %s: the handler failed", session.source, session.channel.peer, exc_info=exc)
             return "handler_error", type(exc).__name__
-        if isinstance(end.__cause__, UnsealError):
-            self.telemetry.unseal_failure()
-        if session.ended_by is not None or isinstance(end, trio.EndOfChannel):
+        if forged is not None:
+            return "lost", str(forged)
+        if closed or isinstance(end, trio.EndOfChannel):
             return self._finished(session), None
         if is_ordinary_end(end):
             return "peer_closed", None
