@@ -401,6 +401,27 @@ async def test_a_message_that_does_not_open_is_counted_beside_whatever_else_the_
     assert len(running.told.all("unseal_failure")) == 1
 
 
+@pytest.mark.parametrize(
+    "error", [KeyError("a bug"), OSError(24, "Too many open files"), trio.BrokenResourceError("x")]
+)
+async def test_a_tracer_that_cannot_be_made_is_one_connections_end(error: Exception) -> None:
+    tracers: list[Any] = []
+
+    def make_tracer() -> Any:
+        tracers.append(None)
+        if len(tracers) == 1:
+            raise error
+
+    async with serving(make_tracer=make_tracer, limits=Limits(penalties=False)) as running:
+        with pytest.raises(trio.BrokenResourceError):
+            await running.client()
+        client = await running.client()
+        await client.aclose()
+        await running.told.until(lambda: running.told.ends)
+    assert running.told.outcomes() == ["goodbye"]
+    assert len(running.told.all("login_refused")) == 1
+
+
 # Limits
 
 

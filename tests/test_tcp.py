@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import sys
@@ -124,7 +125,7 @@ class Server:
 @asynccontextmanager
 async def serving(handler: Any, *, credential: Any = None, **options: Any) -> AsyncIterator[Server]:
     transport_listener = MemoryListener()
-    channel_options = {name: options.pop(name) for name in ("run_blocking", "wire") if name in options}
+    channel_options = {name: options.pop(name) for name in ("run_blocking", "wire", "make_tracer") if name in options}
     listener: Any = SSPIListener(transport_listener, credential or make_acceptor(), **channel_options)
     server = Server(transport_listener, ServerStatistics())
     async with trio.open_nursery() as nursery:
@@ -663,6 +664,56 @@ async def test_nothing_secret_is_logged(caplog):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("a bug"),
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_a_tracer_that_cannot_be_made_is_one_connections_end(error, caplog):
+    # An OSError was taken for the listener's, and ended the server; the stream was dropped, unclosed.
+    tracers: list[Any] = []
+
+    def make_tracer() -> Any:
+        tracers.append(None)
+        if len(tracers) == 1:
+            raise error
+        return SimpleTracer()
+
+    async with serving(echo, make_tracer=make_tracer) as server:
+        ours, theirs = server.listener.connect()
+        assert await ours.receive_some() == b""
+        assert theirs.calls == ["aclose"]
+        await assert_still_serves(server)
+        await trio.testing.wait_all_tasks_blocked()
+    counts = server.statistics
+    assert (counts.accepted, counts.refused, counts.authenticated, counts.accept_errors) == (2, 1, 1, 0)
+    assert ("ERROR", "make_tracer failed: its connection is given up") in server_log(caplog)
+    assert str(error) in caplog.text
+
+
+class SimpleTracer:
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_: None
+
+
+async def test_a_channel_that_cannot_be_made_of_a_connection_closes_it():
+    class Credential(PlainCredential):
+        def new_context(self, demanded: object) -> Any:
+            raise KeyboardInterrupt
+
+    listener = MemoryListener()
+    ours, theirs = listener.connect()
+    credential: Any = Credential("accept", [])
+    with pytest.raises(KeyboardInterrupt):
+        await SSPIListener(listener, credential).accept()
+    assert theirs.calls == ["aclose"]
+    assert await ours.receive_some() == b""
+
+
+@pytest.mark.parametrize(
     "address", [OSError(errno.ENOTCONN, "gone"), "", b"\0abstract"], ids=["gone", "unix", "abstract"]
 )
 async def test_a_client_without_an_ip_address_is_served_like_any_other(address, caplog):
@@ -931,6 +982,44 @@ async def test_a_bad_limit_is_refused_before_anybody_connects():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no Unix sockets in Trio there")
+class Unusable(PlainCredential):
+    """Fails where it is told to."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__("initiate", [])
+        self.where = where
+
+    def with_default_host(self, host: str) -> Any:
+        if self.where == "with_default_host":
+            raise ConfigurationError("no target's host")
+        return self
+
+    def new_context(self, demanded: object) -> Any:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("credential", "size", "error", "connects"),
+    [
+        (make_initiator(), 0, ValueError, False),
+        (make_initiator(), 2**32, ValueError, False),
+        (Unusable("with_default_host"), 100, ConfigurationError, False),
+        (Unusable("new_context"), 100, ZeroDivisionError, True),
+    ],
+)
+async def test_a_channel_that_cannot_be_opened_leaves_no_connection_behind(credential, size, error, connects):
+    (listener,) = await trio.open_tcp_listeners(0, host=LOCALHOST)
+    async with listener:
+        port = listener.socket.getsockname()[1]
+        with pytest.raises(error):
+            await open_sspi_over_tcp_channel(LOCALHOST, port, credential, max_message_size=size)
+        if connects:
+            async with await listener.accept() as stream:
+                assert await stream.receive_some() == b""
+        else:
+            assert select.select([listener.socket], [], [], 0)[0] == []
+
+
 async def test_a_unix_socket_can_be_served(tmp_path):
     path = str(tmp_path / "socket")
     listening = trio.socket.socket(trio.socket.AF_UNIX)

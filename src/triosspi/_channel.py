@@ -267,6 +267,14 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         if self._stopped:
             raise trio.EndOfChannel
 
+    def give_up(self, exc: BaseException) -> None:
+        """Break the channel, unless it is broken or closed already: what it was made for has failed.
+
+        Args:
+          exc: the cause, which every later use tells.
+        """
+        self._break(exc)
+
     def _break(self, exc: BaseException) -> None:
         if self._state is not _State.OK:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Generic
 
@@ -12,6 +13,8 @@ from ._channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_th
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .security.credentials import Acceptor
+
+log = logging.getLogger("triosspi.server")
 
 
 class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
@@ -26,7 +29,8 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
       wire: see `SSPIChannel`.
       max_message_size: see `SSPIChannel`.
       run_blocking: see `SSPIChannel`.
-      make_tracer: makes the tracer of each connection.
+      make_tracer: makes the tracer of each connection. What it raises is logged (to the logger
+          ``triosspi.server``), and is that connection's end: its channel is broken from the start.
       impersonation: see `SSPIChannel`.
     """
 
@@ -54,15 +58,33 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
     async def accept(self) -> SSPIChannel[StreamT]:
         """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
         transport_stream = await accept(self.transport_listener)
-        return SSPIChannel(
-            transport_stream,
-            self._acceptor,
-            wire=self._wire,
-            max_message_size=self._max_message_size,
-            run_blocking=self._run_blocking,
-            tracer=None if self._make_tracer is None else self._make_tracer(),
-            impersonation=self._impersonation,
-        )
+        try:
+            tracer, failure = self._trace()
+            channel = SSPIChannel(
+                transport_stream,
+                self._acceptor,
+                wire=self._wire,
+                max_message_size=self._max_message_size,
+                run_blocking=self._run_blocking,
+                tracer=tracer,
+                impersonation=self._impersonation,
+            )
+        except BaseException:
+            # Nobody else knows of it.
+            await trio.aclose_forcefully(transport_stream)
+            raise
+        if failure is not None:
+            channel.give_up(failure)
+        return channel
+
+    def _trace(self) -> tuple[Tracer | None, Exception | None]:
+        """A connection's tracer, or why there is none."""
+        try:
+            return (None if self._make_tracer is None else self._make_tracer()), None
+        except Exception as exc:
+            # Not raised by `accept`: an OSError there is the listener's, and ends a server.
+            log.exception("make_tracer failed: its connection is given up")
+            return None, exc
 
     async def aclose(self) -> None:
         """Close the listener underneath."""

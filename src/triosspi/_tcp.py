@@ -84,16 +84,25 @@ async def open_sspi_over_tcp_channel(
 
     Raises:
       OSError: no connection, see `trio.open_tcp_stream`.
+      LocalProtocolError: ``max_message_size`` cannot be.
+      ConfigurationError: ``host`` cannot be a target's.
     """
+    # Before anything is opened that nobody would close.
+    check_max_message_size(max_message_size)
+    initiator = initiator.with_default_host(host)
     stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
-    return SSPIChannel(
-        stream,
-        initiator.with_default_host(host),
-        wire=wire,
-        max_message_size=max_message_size,
-        run_blocking=run_blocking,
-        tracer=tracer,
-    )
+    try:
+        return SSPIChannel(
+            stream,
+            initiator,
+            wire=wire,
+            max_message_size=max_message_size,
+            run_blocking=run_blocking,
+            tracer=tracer,
+        )
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
 
 
 async def open_sspi_over_tcp_listeners(
