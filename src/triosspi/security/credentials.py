@@ -43,9 +43,40 @@ def _bindings(application_data: bytes | None) -> GssChannelBindings | None:
     return None if application_data is None else GssChannelBindings(application_data=application_data)
 
 
+def _keep(credential: object, name: str, value: object) -> None:
+    """Put what cannot be changed any more in place of what was given, while a frozen dataclass is made."""
+    object.__setattr__(credential, name, value)
+
+
+def _names(credential: object, field_name: str) -> tuple[str, ...]:
+    """What was given as a collection of names: a list that the caller goes on using, or a generator, once."""
+    given = getattr(credential, field_name)
+    if isinstance(given, (str, bytes)):
+        # Else each of its letters would be a rule, and most of them harmless.
+        raise ConfigurationError(f"{field_name} is a collection: write [{given!r}]")
+    try:
+        names = tuple(given)
+    except TypeError:
+        raise ConfigurationError(f"{field_name} is a collection of names, not {type(given).__name__}") from None
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(f"{field_name} is a collection of names, and not all of these are text")
+    return names
+
+
+def _keep_bindings(credential: Acceptor | Initiator) -> None:
+    given = credential.channel_bindings
+    if given is not None:
+        if not isinstance(given, (bytes, bytearray, memoryview)):
+            raise ConfigurationError(f"channel_bindings are bytes, not {type(given).__name__}")
+        _keep(credential, "channel_bindings", bytes(given))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Acceptor:
     r"""What a server authenticates its clients with. One serves any number of connections.
+
+    It keeps copies of the collections that it is given, so nothing changes it afterwards (but ``accounts``,
+    which look for themselves), and two with the same arguments are equal.
 
     On Linux at least one of ``accounts`` and ``keytab`` is needed; each enables its mechanism. On
     Windows the system does all of it (SSPI, as the service's own account) and neither may be given.
@@ -81,7 +112,8 @@ class Acceptor:
       ConfigurationError: it cannot work as it is.
     """
 
-    accounts: AccountSource | None = None
+    # It counts for equality, but need not be hashable, being anybody's.
+    accounts: AccountSource | None = field(default=None, hash=False)
     keytab: str | None = None
     spns: Collection[str] = ()
     allow_rc4: bool = False
@@ -99,9 +131,9 @@ class Acceptor:
 
     def __post_init__(self) -> None:
         for name in ("spns", "allow", "deny", "require_groups", "target_names", "mechanisms"):
-            if isinstance(getattr(self, name), str):
-                # Else each of its letters would be a rule, and most of them harmless.
-                raise ConfigurationError(f"{name} is a collection: write [{getattr(self, name)!r}]")
+            if getattr(self, name) is not None:
+                _keep(self, name, _names(self, name))
+        _keep_bindings(self)
         if _WINDOWS:
             if self.accounts is not None or self.keytab is not None:
                 raise ConfigurationError("on Windows the system's own accounts are used: leave out accounts and keytab")
@@ -248,6 +280,7 @@ class Initiator:
     usage: Final = "initiate"
 
     def __post_init__(self) -> None:
+        _keep_bindings(self)
         if self.mechanism not in ("negotiate", *MECHANISMS):
             known = ", ".join(("negotiate", *MECHANISMS))
             raise ConfigurationError(f"unknown mechanism {self.mechanism!r}: one of {known}")
