@@ -19,8 +19,9 @@
 #
 # Closing is the subtle part. Closing a TCP socket with input that nobody has read makes the kernel send
 # RST, which destroys what the peer has not read yet, replies that were sent long before included. So:
-# goodbye, FIN, read until the peer's FIN, close; all of it bounded, since the peer may be hostile. A
-# task that is blocked in `receive` at that moment keeps the transport's receiving side; it is left
+# goodbye, FIN, read until the peer's FIN, close; all of it bounded, since the peer may be hostile. The
+# reading begins with the goodbye, in a task of its own: two sides that close with full buffers would each
+# wait for the other to read first, until their time was up, and reset each other. A task that is blocked in `receive` at that moment keeps the transport's receiving side; it is left
 # there, and wakes with the peer's FIN or when the time is up. A cancel scope around each read would wake
 # it at once, and cost every read of every connection.
 
@@ -29,7 +30,6 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
@@ -586,8 +586,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         """Say goodbye and close, losing nothing of what was sent.
 
         Takes at most two seconds, whatever the peer does, and next to none with a peer that closes
-        when it is told to: the goodbye is sent, then the transport's end, then what the peer still
-        sends is read and dropped until its end. When this is cancelled, or another task is sending
+        when it is told to: the goodbye is sent, then the transport's end, and meanwhile and afterwards
+        what the peer still sends is read and dropped until its end. When this is cancelled, or another task is sending
         meanwhile, the transport is closed at once. Always leaves everything closed.
         """
         if self._state is _State.CLOSED:
@@ -611,21 +611,43 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             await self.transport_stream.aclose()
 
     async def _farewell(self) -> None:
-        transport = self.transport_stream
         # The peer may be gone already, or its transport broken: then there is nobody to be polite to.
-        with suppress(*_LOST):
-            with trio.move_on_after(_GOODBYE_TIMEOUT) as in_time:
-                goodbye = self._session.goodbye()
+        try:
+            goodbye = self._session.goodbye()
+        except RemoteProtocolError:
+            return
+        failures: list[Exception] = []
+        # One scope for both: as long as the goodbye is not out, until its time is up, and from then on the drain's.
+        async with trio.open_nursery() as nursery:
+            scope = nursery.cancel_scope
+            scope.deadline = trio.current_time() + _GOODBYE_TIMEOUT
+            nursery.start_soon(self._drain, scope, failures)
+            try:
                 if goodbye:
-                    await transport.send_all(goodbye)
-                if isinstance(transport, trio.abc.HalfCloseableStream):
-                    await transport.send_eof()
-            if in_time.cancelled_caught:
-                return
-            with trio.move_on_after(_DRAIN_TIMEOUT):
-                if self._receiving:
-                    self._receiver_gone = trio.Event()
-                    await self._receiver_gone.wait()
-                drained = 0
-                while drained < _DRAIN_LIMIT and (data := await transport.receive_some()):
-                    drained += len(data)
+                    await self.transport_stream.send_all(goodbye)
+                if isinstance(self.transport_stream, trio.abc.HalfCloseableStream):
+                    await self.transport_stream.send_eof()
+            except _LOST:
+                scope.cancel()
+            except Exception as exc:  # noqa: BLE001 - raised below, in no group
+                failures.append(exc)
+                scope.cancel()
+            else:
+                scope.deadline = trio.current_time() + _DRAIN_TIMEOUT
+        if failures:
+            raise failures[0]
+
+    async def _drain(self, scope: trio.CancelScope, failures: list[Exception]) -> None:
+        try:
+            if self._receiving:
+                self._receiver_gone = trio.Event()
+                await self._receiver_gone.wait()
+            drained = 0
+            while drained < _DRAIN_LIMIT and (data := await self.transport_stream.receive_some()):
+                drained += len(data)
+        except _LOST:
+            # What is still to be sent may get through, or finds out itself.
+            pass
+        except Exception as exc:  # noqa: BLE001 - raised by `_farewell`, in no group
+            failures.append(exc)
+            scope.cancel()
