@@ -37,6 +37,7 @@ from triosspi import (
     SSPIChannel,
     UnsealError,
     WireFormat,
+    _tcp,
     serve_sspi_over_tcp,
 )
 from triosspi._session import Session
@@ -616,6 +617,7 @@ async def test_a_handler_is_ended_with_its_peers_ticket_and_the_peer_is_told_goo
         await trio.sleep_forever()
 
     monkeypatch.setattr(policy, "_ticket_peer", short_lived)
+    monkeypatch.setattr(_tcp, "NOTICE", 0.1)
     statistics = ServerStatistics()
     listeners = await nursery.start(
         partial(serve_sspi_over_tcp, handler, 0, acceptor(kdc), host="127.0.0.1", statistics=statistics)

@@ -29,7 +29,7 @@ from triosspi import (
 )
 from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
-from triosspi.service import connection, shutting_down
+from triosspi.service import connection, sessions, shutting_down
 from triosspi.service.apps import Greet, echo
 from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Settings, Workers
 from triosspi.service.network.listening import close_listeners, open_listeners
@@ -431,6 +431,41 @@ async def test_an_idle_session_ends_with_a_goodbye_and_its_handler_is_no_failure
         await hears_goodbye(client)
         await running.told.until(lambda: running.told.ends)
     assert running.told.outcomes() == ["idle"]
+
+
+async def deaf(channel: SSPIChannel[Any]) -> None:
+    await trio.sleep_forever()
+
+
+async def deaf_and_failing(channel: SSPIChannel[Any]) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(deaf, channel)
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyError("a bug")
+
+
+async def swallowing(channel: SSPIChannel[Any]) -> None:
+    with suppress(trio.Cancelled):
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize(
+    ("handler", "outcome"), [(deaf, "idle"), (swallowing, "idle"), (deaf_and_failing, "handler_error")]
+)
+async def test_a_session_whose_handler_waits_for_something_else_ends_all_the_same_and_frees_its_place(
+    handler: Any, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "NOTICE", 0.05)
+    monkeypatch.setattr(sessions, "WATCH_INTERVAL", 0.01)
+    async with serving(handler, limits=Limits(idle_timeout=0.05, max_connections=1)) as running:
+        for number in (1, 2):
+            client = await running.client()
+            await hears_goodbye(client)
+            await running.told.until(lambda number=number: len(running.told.ends) == number)
+            await trio.testing.wait_all_tasks_blocked()
+    assert running.told.outcomes() == [outcome] * 2
 
 
 async def test_more_connections_than_may_be_are_dropped_before_they_cost_anything() -> None:

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from triosspi import Traffic
-from triosspi.service.sessions import WATCH_INTERVAL, LiveSession, Sessions
+from triosspi.service.sessions import NOTICE, STUBBORN, WATCH_INTERVAL, LiveSession, Sessions
 
 NOTHING = Traffic(0, 0, 0, 0)
 
@@ -128,6 +128,72 @@ async def test_new_limits_hold_for_old_sessions(autojump_clock):
         await channel.closed.wait()
         assert session.ended_by == "idle"
         nursery.cancel_scope.cancel()
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expires", "outcome"),
+    [
+        ({"idle_timeout": 30.0}, None, "idle"),
+        ({"max_session_age": 30.0}, None, "age"),
+        ({"max_session_bytes": 1000}, None, "bytes"),
+        ({"max_session_messages": 1000}, None, "messages"),
+        ({}, 30.0, "expired"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_handler_that_does_not_look_at_its_channel_is_cancelled_after_a_notice(
+    autojump_clock, caplog, given, expires, outcome
+):
+    # It kept its place for ever, uncounted.
+    async with trio.open_nursery() as nursery:
+        watched = Watched(nursery, **given)
+        session, channel = watched.add(expires=None if expires is None else trio.current_time() + expires)
+        with session.scope:
+            if outcome in ("bytes", "messages"):
+                channel.traffic = Traffic(1000, 1000, 1000, 1000)
+            nursery.start_soon(channel.closed.wait)
+            await trio.sleep_forever()
+        assert session.scope.cancelled_caught
+        assert channel.closed.is_set()
+        assert session.ended_by == outcome
+        earliest = NOTICE if outcome in ("bytes", "messages") else NOTICE + 30
+        assert earliest <= trio.current_time() - session.since <= earliest + 2 * WATCH_INTERVAL
+        watched.sessions.remove(session)
+        assert len(watched.sessions) == 0
+        nursery.cancel_scope.cancel()
+    assert len(warnings(caplog)) == 1
+
+
+async def test_a_handler_that_ends_at_the_notice_is_not_cancelled(autojump_clock, caplog):
+    async with trio.open_nursery() as nursery:
+        watched = Watched(nursery, idle_timeout=30.0)
+        session, channel = watched.add()
+        with session.scope:
+            await channel.closed.wait()
+            # It has something to put away.
+            await trio.sleep(NOTICE - 1)
+        watched.sessions.remove(session)
+        await trio.sleep(1000)
+        assert not session.scope.cancel_called
+        nursery.cancel_scope.cancel()
+    assert warnings(caplog) == []
+
+
+async def test_a_handler_that_is_not_to_be_cancelled_is_told_once(autojump_clock, caplog):
+    async with trio.open_nursery() as nursery:
+        watched = Watched(nursery, idle_timeout=30.0)
+        session, _ = watched.add()
+        with session.scope, trio.CancelScope(shield=True):
+            await trio.sleep(30 + NOTICE + 10 * STUBBORN)
+        assert len(watched.sessions) == 1
+        nursery.cancel_scope.cancel()
+    cancelled, stubborn = warnings(caplog)
+    assert "cancelled" in cancelled
+    assert "keeps its place" in stubborn
 
 
 async def test_all_traffic_is_told_once(autojump_clock):

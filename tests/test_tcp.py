@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ from triosspi import (
     ServerStatistics,
     SSPIChannel,
     SSPIListener,
+    TicketExpiredError,
     TruncatedError,
     UnsealError,
     WireFormat,
@@ -302,6 +304,88 @@ async def test_the_worst_of_all_that_a_handler_ran_into_is_how_its_session_ended
 async def raised_by(call: Any) -> None:
     with pytest.raises((trio.BrokenResourceError, trio.EndOfChannel)):
         await call()
+
+
+# ---- tickets ----
+
+
+class TicketCredential(PlainCredential):
+    """An acceptor whose clients have Kerberos tickets for so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("accept", [b"done"])
+        self.seconds = seconds
+
+    def new_context(self, demanded: object) -> Any:
+        context = super().new_context(demanded)
+        context.peer.expires_at = datetime.now(UTC) + timedelta(seconds=self.seconds)
+        return context
+
+
+async def looking(channel: Channel) -> None:
+    while True:
+        with trio.move_on_after(0.5):
+            await channel.receive()
+
+
+async def deaf(_channel: Channel) -> None:
+    await trio.sleep_forever()
+
+
+async def returning_at_the_notice(channel: Channel) -> None:
+    with pytest.raises(trio.EndOfChannel):
+        await looking(channel)
+
+
+async def sending_too_late(channel: Channel) -> None:
+    await trio.sleep(100.5)
+    raise _broken(TicketExpiredError("the peer's Kerberos ticket has ended"))
+
+
+@pytest.mark.parametrize(
+    ("handler", "earliest", "latest"),
+    [(looking, 100, 102), (returning_at_the_notice, 100, 102), (sending_too_late, 100, 102), (deaf, 105, 105)],
+)
+async def test_a_handler_has_notice_of_its_tickets_end_and_is_cancelled_when_it_does_not_look(
+    handler, earliest, latest, autojump_clock, caplog
+):
+    credential = TicketCredential(100)
+    async with serving(handler, credential=credential) as server:
+        ours, _ = server.listener.connect()
+        start = trio.current_time()
+        await ours.send_all(frame(b"token"))
+        assert await ours.receive_some() == frame(b"done")
+        # The goodbye, an empty record, and the end.
+        assert await ours.receive_some() == frame(frame(dword(1) + bytes(12)))
+        assert earliest - 1 < trio.current_time() - start < latest + 1
+        await ours.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+    assert (server.statistics.expired, server.statistics.lost, server.statistics.handler_errors) == (1, 0, 0)
+    assert [text.rpartition(": ")[2] for _, text in server_log(caplog)] == ["the Kerberos ticket has ended"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_bug_is_a_bug_before_and_after_the_tickets_end(late, autojump_clock):
+    async def handler(_channel: Channel) -> None:
+        await trio.sleep(102 if late else 50)
+        raise ZeroDivisionError
+
+    async with serving(handler, credential=TicketCredential(100)) as server:
+        ours, _ = server.listener.connect()
+        await ours.send_all(frame(b"token"))
+        await trio.sleep(200)
+    assert (server.statistics.expired, server.statistics.handler_errors) == (0, 1)
+
+
+async def test_a_peer_that_leaves_before_its_ticket_has_ended_has_left(autojump_clock):
+    credential = TicketCredential(100)
+    async with serving(echo, credential=credential) as server:
+        ours, _ = server.listener.connect()
+        await ours.send_all(frame(b"token"))
+        assert await ours.receive_some() == frame(b"done")
+        await ours.aclose()
+        await trio.sleep(200)
+    assert server.statistics == ServerStatistics(accepted=1, authenticated=1)
 
 
 async def test_a_reply_that_comes_after_the_peers_goodbye_is_an_ordinary_end(caplog):

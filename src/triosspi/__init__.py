@@ -15,6 +15,7 @@ from ._errors import LocalProtocolError as LocalProtocolError
 from ._errors import MessageTooLongError as MessageTooLongError
 from ._errors import RemoteProtocolError as RemoteProtocolError
 from ._errors import SSPIError as SSPIError
+from ._errors import TicketExpiredError as TicketExpiredError
 from ._errors import TruncatedError as TruncatedError
 from ._errors import UnsealError as UnsealError
 from ._listener import SSPIListener as SSPIListener

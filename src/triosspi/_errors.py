@@ -106,6 +106,10 @@ class UnsealError(RemoteProtocolError):
     """
 
 
+class TicketExpiredError(UnsealError):
+    """The peer's Kerberos ticket has ended, and with it the session. Nobody has tampered with anything."""
+
+
 class AuthenticationError(RemoteProtocolError):
     """The handshake failed.
 

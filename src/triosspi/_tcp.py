@@ -15,7 +15,7 @@ import trio
 
 from ._accepting import accept_forever, peername
 from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
-from ._errors import ImpersonationError, TruncatedError, UnsealError, printable
+from ._errors import ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, printable
 from ._listener import SSPIListener
 from ._session import Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
@@ -30,6 +30,11 @@ Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
 
 #: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 30.0
+
+#: Seconds between the notice that a handler gets on its channel, when its session's time is over, and its cancellation.
+NOTICE: Final = 5.0
+# How often tickets are looked at, while there are any.
+_TICKETS_INTERVAL: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -203,7 +208,8 @@ async def serve_sspi_over_tcp(
     Unlike `trio.serve_tcp`, this goes on whatever happens to one connection: a handshake that fails
     or takes too long, a handler that raises, a peer that vanishes are logged (to the logger
     ``triosspi.server``) and counted. The channel is closed when the handler returns, and no session
-    outlives its Kerberos ticket: then the handler is cancelled, and the channel closed with a goodbye.
+    outlives its Kerberos ticket by more than seconds: then `SSPIChannel.receive` raises `trio.EndOfChannel` in the
+    handler, one that has not ended five seconds later is cancelled, and the channel closed with a goodbye.
 
     Args:
       handler: called in a task of its own with an authenticated channel.
@@ -259,12 +265,16 @@ async def serve_sspi_listeners(
     See `serve_sspi_over_tcp` for details.
     """
     counts = statistics if statistics is not None else ServerStatistics()
-    serve = partial(serve_connection, handler=handler, handshake_timeout=handshake_timeout, counts=counts)
+    tickets = Tickets()
+    serve = partial(
+        serve_connection, handler=handler, handshake_timeout=handshake_timeout, counts=counts, tickets=tickets
+    )
 
     def failed(_: OSError) -> None:
         counts.accept_errors += 1
 
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(tickets.watch)
         for listener in listeners:
             nursery.start_soon(accept_forever, listener, handler_nursery or nursery, serve, failed)
         # A nursery's block would end here, and the listeners' tasks never do.
@@ -272,8 +282,56 @@ async def serve_sspi_listeners(
     raise AssertionError("unreachable")  # pragma: no cover
 
 
+class Tickets:
+    """Ends handlers with their peers' Kerberos tickets: gives them notice on their channels, then cancels them.
+
+    One task looks at all, since a task for each would be the most of what an idle session takes. Should it end before
+    the handlers, in a nursery that is given to the server, they are cancelled without notice.
+    """
+
+    def __init__(self) -> None:
+        # On Trio's clock. Sessions that have ended are not in it: their tickets may have hours to go.
+        self._ends: dict[TCPChannel, float] = {}
+        self._some = trio.Event()
+
+    async def watch(self) -> NoReturn:
+        """Give notice, until cancelled."""
+        while True:
+            await self._some.wait()
+            while self._ends:
+                await trio.sleep(_TICKETS_INTERVAL)
+                now = trio.current_time()
+                for channel in [channel for channel, end in self._ends.items() if end <= now]:
+                    del self._ends[channel]
+                    channel.stop_receiving()
+            self._some = trio.Event()
+
+    async def run(self, handler: Handler, channel: TCPChannel, seconds: float) -> bool:
+        """Run a handler as long as the ticket lasts, and a little longer.
+
+        Returns:
+          Whether it was ended, or ended by itself, when the ticket had.
+        """
+        end = trio.current_time() + seconds
+        self._ends[channel] = end
+        self._some.set()
+        try:
+            with trio.move_on_at(end + NOTICE):
+                await handler(channel)
+        except Exception as exc:
+            found = connection_end(exc)
+            if found is None or tampering(found) is not None:
+                raise
+            if trio.current_time() < end and not isinstance(found.__cause__, TicketExpiredError):
+                raise
+            return True
+        finally:
+            self._ends.pop(channel, None)
+        return trio.current_time() >= end
+
+
 async def serve_connection(
-    channel: TCPChannel, handler: Handler, handshake_timeout: float, counts: ServerStatistics
+    channel: TCPChannel, handler: Handler, handshake_timeout: float, counts: ServerStatistics, tickets: Tickets
 ) -> bool:
     """One connection, from accept to close. Raises nothing but Cancelled and its like.
 
@@ -292,12 +350,9 @@ async def serve_connection(
                 if (seconds := _seconds_left(channel.peer)) is None:
                     # A scope has its price, too.
                     await handler(channel)
-                else:
-                    with trio.move_on_after(seconds) as in_time:
-                        await handler(channel)
-                    if in_time.cancelled_caught:
-                        counts.expired += 1
-                        log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
+                elif await tickets.run(handler, channel, seconds):
+                    counts.expired += 1
+                    log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
             except Exception as exc:  # noqa: BLE001 - logged with its traceback
                 _account_for(exc, channel, source, counts)
             except BaseExceptionGroup as group:
@@ -426,7 +481,7 @@ def tampering(exc: BaseException) -> UnsealError | None:
         if found is None or id(found) in seen:
             continue
         seen.add(id(found))
-        if isinstance(found, UnsealError):
+        if isinstance(found, UnsealError) and not isinstance(found, TicketExpiredError):
             return found
         left += [found.__cause__, found.__context__]
         if isinstance(found, BaseExceptionGroup):

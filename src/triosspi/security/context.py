@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Literal
 
-from .._errors import AuthenticationError, UnsealError, printable
+from .._errors import AuthenticationError, TicketExpiredError, UnsealError, printable
 from .identity import PeerIdentity, Traffic
 from .kerberos import root_reason
 from .native import take_over
@@ -204,10 +204,10 @@ class SecurityContext:
         """See that the peer's ticket has not ended.
 
         Raises:
-          UnsealError: it has.
+          TicketExpiredError: it has.
         """
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise UnsealError("the peer's Kerberos ticket has ended")
+            raise TicketExpiredError("the peer's Kerberos ticket has ended")
 
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal: (trailer, ciphertext). Messages open in the order in which they were sealed.

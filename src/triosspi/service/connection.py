@@ -11,7 +11,7 @@ from typing import Final, Literal, TypeAlias
 import trio
 
 from .._channel import Impersonator, SSPIChannel
-from .._errors import AuthenticationError, TruncatedError
+from .._errors import AuthenticationError, TicketExpiredError, TruncatedError
 from .._session import Tracer
 from .._tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
 from .._wire import WireFormat
@@ -101,7 +101,8 @@ class Service:
                 return False
             end: End = ("shutdown", None)
             try:
-                await self.handler(session.channel)
+                with session.scope:
+                    await self.handler(session.channel)
                 end = self._finished(session), None
             except BaseException as exc:
                 end = self._failed(exc, session)
@@ -246,6 +247,9 @@ class Service:
             return "handler_error", type(exc).__name__
         if forged is not None:
             return "lost", str(forged)
+        if isinstance(end.__cause__, TicketExpiredError):
+            # Found out by the handler before the watch over all sessions came to it.
+            return "expired", None
         if closed or isinstance(end, trio.EndOfChannel):
             return self._finished(session), None
         if is_ordinary_end(end):
