@@ -353,7 +353,7 @@ async def test_a_handler_has_notice_of_its_tickets_end_and_is_cancelled_when_it_
     async with serving(handler, credential=credential) as server:
         ours, _ = server.listener.connect()
         start = trio.current_time()
-        await ours.send_all(frame(b"token"))
+        await ours.send_all(frame(b"NTLMSSP\0token"))
         assert await ours.receive_some() == frame(b"done")
         # The goodbye, an empty record, and the end.
         assert await ours.receive_some() == frame(frame(dword(1) + bytes(12)))
@@ -372,7 +372,7 @@ async def test_a_bug_is_a_bug_before_and_after_the_tickets_end(late, autojump_cl
 
     async with serving(handler, credential=TicketCredential(100)) as server:
         ours, _ = server.listener.connect()
-        await ours.send_all(frame(b"token"))
+        await ours.send_all(frame(b"NTLMSSP\0token"))
         await trio.sleep(200)
     assert (server.statistics.expired, server.statistics.handler_errors) == (0, 1)
 
@@ -381,7 +381,7 @@ async def test_a_peer_that_leaves_before_its_ticket_has_ended_has_left(autojump_
     credential = TicketCredential(100)
     async with serving(echo, credential=credential) as server:
         ours, _ = server.listener.connect()
-        await ours.send_all(frame(b"token"))
+        await ours.send_all(frame(b"NTLMSSP\0token"))
         assert await ours.receive_some() == frame(b"done")
         await ours.aclose()
         await trio.sleep(200)
