@@ -328,7 +328,7 @@ def test_an_account_source_that_raises_is_an_authentication_error():
     with pytest.raises(AuthenticationError, match="KeyError") as caught:
         step_through(Session(make_initiator(), WireFormat.FRAMED), server)
     assert caught.value.__cause__ is None
-    assert caught.value.__suppress_context__
+    assert caught.value.__context__ is None
 
 
 # ---- ends ----

@@ -35,7 +35,7 @@ from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 import trio
 
 from . import _server_threads
-from ._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError
+from ._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError, without_frames
 from ._session import Session, Tracer
 from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
 from .security.credentials import Acceptor, Initiator
@@ -298,6 +298,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         if isinstance(exc, trio.EndOfChannel) and self._stopped and not cancel_breaks:
             # Our own, from `stop_receiving`.
             return
+        if not self._handshake_ended and isinstance(exc, _LOST):
+            # They hold tokens, against which passwords can be tried.
+            without_frames(exc)
         if cancel_breaks or not isinstance(exc, trio.Cancelled):
             self._break(exc)
         if isinstance(exc, _LOST):

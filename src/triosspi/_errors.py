@@ -16,6 +16,14 @@ except through `printable`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
+
 
 def printable(text: object, limit: int = 64) -> str:
     """Quote text that a peer may have chosen, for a log line: one line, short, no control characters.
@@ -24,6 +32,43 @@ def printable(text: object, limit: int = 64) -> str:
     """
     quoted = ascii(text)
     return quoted if len(quoted) <= limit else quoted[:limit] + "...'"
+
+
+def without_frames(exc: E) -> E:
+    """Take from an exception, and from all that is chained to it, the frames that it came through.
+
+    Frames hold arguments and locals, of which some error reporters show all. ``raise ... from None`` is
+    no help: it hides the context and keeps it.
+    """
+    seen: set[int] = set()
+    left: list[BaseException | None] = [exc]
+    while left:
+        current = left.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        current.__traceback__ = None
+        left += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            left += current.exceptions
+    return exc
+
+
+def handles_secrets(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function whose arguments or locals are secret: its `ConfigurationError` shows none of them."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except ConfigurationError as exc:
+            error = without_frames(exc)
+        # This frame will be in the traceback too.
+        del args, kwargs
+        error.__cause__ = error.__context__ = None
+        raise error
+
+    return wrapper
 
 
 class SSPIError(Exception):

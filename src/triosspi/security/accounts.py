@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from .._errors import ConfigurationError, printable
+from .._errors import ConfigurationError, handles_secrets, printable
 from .names import simple_upper
 from .spnego_compat import nt_hash
 
@@ -136,6 +136,7 @@ class AccountTable:
         return Account(domain, name, packed[:_NT_HASH_SIZE], bool(packed[_NT_HASH_SIZE]))
 
 
+@handles_secrets
 def parse_line(line: str) -> tuple[Account, bool] | None:
     """Read one line of an account file.
 
@@ -176,6 +177,7 @@ def parse_line(line: str) -> tuple[Account, bool] | None:
     raise ConfigurationError(f"{len(fields)} fields between colons; an smbpasswd line has 6, DOMAIN:USER:PASSWORD 3")
 
 
+@handles_secrets
 def parse(text: str, source: str) -> AccountTable:
     """Read a whole account file. A bad line is reported with its number, and the rest still serves.
 
@@ -266,6 +268,7 @@ class AccountFile:
         # Also after a failure, or every login would read the broken file and report it again.
         self._seen = signature
 
+    @handles_secrets
     def _load(self) -> AccountTable:
         try:
             with self.path.open(encoding="utf-8", newline="") as file:

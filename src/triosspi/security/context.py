@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NoReturn
 
 from .._errors import AuthenticationError, TicketExpiredError, UnsealError, printable
 from .identity import PeerIdentity, Traffic
@@ -64,6 +64,11 @@ def _describe(exc: Exception) -> str:
         return f"Kerberos: {printable(kerberos, 200)}"
     # The text may hold what the peer sent (a KeyError's key, a name that was not found).
     return f"{type(exc).__name__} {printable(str(exc), 200)}" if str(exc) else type(exc).__name__
+
+
+def _spent(_: object) -> NoReturn:
+    """In the place of what has failed, and leads to secrets."""
+    raise AssertionError("the handshake has failed before")
 
 
 class SecurityContext:
@@ -124,6 +129,16 @@ class SecurityContext:
         """
         if self._failed:
             raise AuthenticationError("the handshake has failed before")
+        answer, refusal = self._try_step(token)
+        if refusal is None:
+            return answer
+        # Here, and made of nothing but text: whatever was caught leads through its traceback to frames with the
+        # account's hash and the session's keys, and "from None" only hides that. The token can be attacked offline.
+        del token, answer
+        raise AuthenticationError(refusal, mechanism=self._fail())
+
+    def _try_step(self, token: bytes | None) -> tuple[bytes, str | None]:
+        """`step`, but a refusal is returned, as its text."""
         try:
             if self._proxy is None:
                 self._proxy = self._open_proxy(token)
@@ -132,12 +147,10 @@ class SecurityContext:
             if (proxy := self._proxy).complete:
                 self._finish(proxy)
         except AuthenticationError as exc:
-            exc.mechanism = self._fail()
-            raise
+            return b"", str(exc)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            # Not "from exc": its frames and arguments hold tokens, which can be attacked offline.
-            raise AuthenticationError(_describe(exc), mechanism=self._fail()) from None
-        return answer
+            return b"", _describe(exc)
+        return answer, None
 
     def _fail(self) -> str | None:
         """The handshake has failed, for good; by which mechanism it was, if one was chosen."""
@@ -146,8 +159,10 @@ class SecurityContext:
         mechanism = None
         if self.usage == "accept" and self._proxy is not None:
             mechanism = mechanism_of(self._proxy)
-        # It holds tokens and keys.
+        # These hold, or lead to, tokens, keys, passwords, and the account file.
         self._proxy = None
+        self._open_proxy = self._check = _spent
+        self._may_block = bool
         return mechanism
 
     def _finish(self, proxy: Proxy) -> None:
@@ -219,7 +234,9 @@ class SecurityContext:
         try:
             return self._sealer.seal(message)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            raise UnsealError(f"sealing failed: {_describe(exc)}") from None
+            error = _describe(exc)
+        # Outside, see `step`.
+        raise UnsealError(f"sealing failed: {error}")
 
     def seal_frames(self, messages: Sequence[bytes]) -> bytes:
         """Seal a batch. Only where there is a `frame_sealer`; see `FrameSealer.seal_frames`.
@@ -231,12 +248,16 @@ class SecurityContext:
         try:
             return self.frame_sealer.seal_frames(messages)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            raise UnsealError(f"sealing failed: {_describe(exc)}") from None
+            error = _describe(exc)
+        raise UnsealError(f"sealing failed: {error}")
 
     def open_frames(self, frames: list[bytes]) -> tuple[list[bytes], UnsealError | None]:
         """Open a batch. Only where there is a `frame_sealer`; see `FrameSealer.open_frames`."""
         assert self.frame_sealer is not None
-        messages, exc = self.frame_sealer.open_frames(frames)
+        try:
+            messages, exc = self.frame_sealer.open_frames(frames)
+        except Exception as unexpected:  # noqa: BLE001 - see the head of the file
+            return [], UnsealError(f"a message did not open: {_describe(unexpected)}")
         return messages, None if exc is None else UnsealError(f"a message did not open: {exc}")
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
@@ -249,7 +270,8 @@ class SecurityContext:
         assert self._sealer is not None
         try:
             return self._sealer.open(trailer, ciphertext)
-        except UnsealError:
-            raise
+        except UnsealError as exc:
+            error = str(exc)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            raise UnsealError(f"a message did not open: {_describe(exc)}") from None
+            error = f"a message did not open: {_describe(exc)}"
+        raise UnsealError(error)

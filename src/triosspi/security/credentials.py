@@ -13,7 +13,7 @@ import spnego
 from spnego import ContextProxy, NegotiateOptions
 from spnego.channel_bindings import GssChannelBindings
 
-from .._errors import AuthenticationError, ConfigurationError
+from .._errors import AuthenticationError, ConfigurationError, handles_secrets
 from . import kerberos, ntlm
 from .accounts import AccountSource
 from .authorization import Authorization
@@ -340,3 +340,7 @@ class Initiator:
             return upper_case_as_windows(spnego.client(protocol=self.mechanism, options=options, **arguments))
         wanted = MECHANISMS if self.mechanism == "negotiate" else (self.mechanism,)
         return InitiatorNegotiate([MECHANISMS[name] for name in wanted], **arguments)
+
+
+# Its frame holds the password.
+Initiator.__init__ = handles_secrets(Initiator.__init__)  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from .._errors import ConfigurationError, printable
+from .._errors import ConfigurationError, handles_secrets, printable
 from ..security.accounts import Account, account_key, parse_line, split_principal
 from ..security.spnego_compat import nt_hash
 
@@ -141,6 +141,7 @@ def _find(lines: list[str], principal: str) -> tuple[int, Account] | None:
     return None
 
 
+@handles_secrets
 def add(path: Path, principal: str, password: str) -> bool:
     r"""Add an account, or give an existing one a new password.
 
@@ -171,6 +172,7 @@ def add(path: Path, principal: str, password: str) -> bool:
     return found is None
 
 
+@handles_secrets
 def remove(path: Path, principal: str) -> None:
     """Remove an account.
 
@@ -181,6 +183,7 @@ def remove(path: Path, principal: str) -> None:
         del lines[_require(lines, path, principal)]
 
 
+@handles_secrets
 def set_enabled(path: Path, principal: str, enabled: bool) -> None:
     """Enable an account, or disable it: its password is kept, and no login succeeds.
 
@@ -199,6 +202,7 @@ def set_enabled(path: Path, principal: str, enabled: bool) -> None:
         lines[index] = ":".join(fields)
 
 
+@handles_secrets
 def import_clear(path: Path, source: Iterable[str]) -> tuple[int, list[str]]:
     """Add accounts from ``DOMAIN:USER:PASSWORD`` lines; one that exists gets the new password.
 
@@ -244,6 +248,7 @@ def import_clear(path: Path, source: Iterable[str]) -> tuple[int, list[str]]:
     return taken, refused
 
 
+@handles_secrets
 def hash_clear(path: Path) -> int:
     """Replace the clear passwords within an account file by hashes; returns how many there were.
 
