@@ -168,7 +168,8 @@ def make_supervisor(stub: Stub, places: list[list[socket.socket]], *, timing: Ti
 def supervise(number: str, stub: str, timing: str) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     places = listen(int(number))
-    supervisor = make_supervisor(Stub(**json.loads(stub)), places, timing=Timing(**json.loads(timing)))
+    what = Stub(**json.loads(stub))
+    supervisor = make_supervisor(what, places, timing=Timing(**json.loads(timing)), reload=what.encode)
     port = places[0][0].getsockname()[1]
     try:
         trio.run(supervisor.run, lambda: print(f"port {port}", flush=True))

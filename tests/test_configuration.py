@@ -236,7 +236,50 @@ def test_a_file_that_cannot_be_read_is_named_and_the_variables_are_judged_all_th
     (tmp_path / "latin1").write_bytes(b"# caf\xe9\n")
     assert problems(tmp_path / "latin1") == [f"the configuration {tmp_path}/latin1 is not UTF-8 text"]
     (tmp_path / "deep").write_text("x = " + "[" * 100_000)
-    assert problems(tmp_path / "deep") == [f"{tmp_path}/deep: too deeply nested"]
+    assert problems(tmp_path / "deep") == [f"{tmp_path}/deep:1: too deeply nested"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f"[limits]\nmax_connections = {'9' * 5000}\n", ":2: a number of more than 4300 digits"),
+        (f"[limits]\n# {'9' * 5000}\nx = [1,\n{'9_' * 5000}9]\ny = [\n", ":4: a number of more than 4300 digits"),
+        (f"[limits]\nmax_connections = -{'9' * 5000}\n", ":2: a number of more than 4300 digits"),
+        # Read whatever its length, but not to be shown.
+        (f"[limits]\nmax_connections = 0x{'f' * 5000}\n", ":2: limits.max_connections must be an integer"),
+        (f"[limits]\nidle_timeout = [0x{'f' * 5000}]\n", ":2: limits.idle_timeout must be a duration"),
+        (f"[limits]\nidle_timeout = '{'9' * 5000}s'\n", ":2: limits.idle_timeout must be a duration"),
+        (f"[serve]\nmax_message_size = '{'9' * 5000}GiB'\n", ":2: serve.max_message_size must be a size"),
+        (f"[limits]\nmax_unauthenticated = '{'9' * 5000}'\n", ":2: limits.max_unauthenticated must be"),
+        (f"[limits]\nmax_session_bytes = '{'9' * 4000}GiB'\n", ":2: limits.max_session_bytes must be a size"),
+        (f"[listen]\nport = 1e{'9' * 5000}\n", ":2: listen.port must be an integer"),
+        (f"\nx = {'[' * 100_000}\n", ":2: too deeply nested"),
+        (f"[accept]\nallow = {'[' * 200}{']' * 200}\n", ":2: accept.allow must be a string"),
+    ],
+)
+def test_a_value_of_any_length_or_depth_is_a_line_of_its_own_and_not_the_servers_end(
+    text: str, problem: str, tmp_path: Path
+) -> None:
+    (found,) = problems(tmp_path, text)
+    assert found.startswith(NAME + problem)
+    assert len(found) < 300
+
+
+def test_a_file_without_an_end_is_not_read_to_it() -> None:
+    assert problems(Path("/dev/zero").parent / "zero") == ["the configuration /dev/zero is longer than 1 MiB"]
+
+
+def test_an_error_that_nobody_has_foreseen_is_a_configuration_error_with_nothing_hanging_on_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run_out(_text: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tomllib, "loads", run_out)
+    (tmp_path / NAME).write_text("x = 1")
+    with pytest.raises(ConfigurationError, match=r"^the configuration cannot be used: MemoryError$") as caught:
+        load(tmp_path / NAME)
+    assert caught.value.__context__ is None
 
 
 def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,7 +37,8 @@ from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Sett
 from triosspi.service.network.listening import close_listeners, open_listeners
 from triosspi.service.observe.notify import Notifier
 from triosspi.service.observe.telemetry import SessionEnd
-from triosspi.service.server import FILES_INTERVAL, Loaded, Server
+from triosspi.service.reloading import FILES_INTERVAL, MOST_HANGING, Reading
+from triosspi.service.server import Loaded, Server
 
 LOCAL = "127.0.0.1"
 
@@ -701,6 +704,121 @@ async def test_a_broken_configuration_changes_nothing_and_says_so(caplog: pytest
         client = await running.client()
         await client.aclose()
     assert "the configuration stays as it was: triosspi.toml:3: unknown key" in caplog.text
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("Exceeds the limit (4300 digits)"), "ValueError: Exceeds the limit (4300 digits)"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum"),
+        (MemoryError(), "MemoryError"),
+        (OverflowError("x"), "OverflowError: x"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), "UnicodeDecodeError: "),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error"),
+        (KeyError("two\nlines \x1b[2J" + "x" * 100_000), "KeyError: 'two\\nlines \\x1b[2Jxxx"),
+        (Speechless(), "Speechless"),
+        (ExceptionGroup("several", [ValueError()]), "ExceptionGroup: several"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("where", ["reading", "applying"])
+async def test_nothing_that_a_reload_meets_ends_the_server(
+    error: Exception, told: str, where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> Loaded:
+        raise error
+
+    def apply(*_: object) -> None:
+        raise error
+
+    if where == "applying":
+        monkeypatch.setattr("triosspi.service.server.configure_logs", apply)
+    good = Loaded(settings=settings(limits=Limits(max_connections=1)), acceptor=make_acceptor())
+    async with serving(reload=load if where == "reading" else lambda: good) as running:
+        await running.server.reload()
+        # As it was, and all of it.
+        clients = [await running.client() for _ in range(2)]
+        for client in clients:
+            await client.aclose()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert line.startswith(f"the configuration stays as it was: the configuration cannot be used: {told}")
+    assert len(line) < 500
+    assert line.isprintable()
+
+
+async def test_a_reload_that_hangs_holds_up_nobody_is_given_up_and_does_not_stand_in_the_way_of_the_next(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "triosspi.server")
+    monkeypatch.setattr("triosspi.service.reloading.PATIENCE", 0.05)
+    answers = threading.Event()
+    loads: list[int] = []
+
+    def load() -> Loaded:
+        loads.append(len(loads))
+        if len(loads) < 3:
+            answers.wait()
+        return Loaded(settings=settings(), acceptor=make_acceptor())
+
+    async with serving(reload=load) as running:
+        for _ in range(2):
+            running.server.ask_to_reload("SIGHUP")
+            while "could not be read within 0.05 s" not in caplog.text:
+                client = await running.client()
+                await client.aclose()
+            caplog.clear()
+        running.server.ask_to_reload("SIGHUP")
+        while "the configuration was read again" not in caplog.text:
+            await trio.lowlevel.checkpoint()
+    answers.set()
+    assert loads == [0, 1, 2]
+
+
+async def test_readings_that_hang_are_bounded_and_many_requests_are_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("triosspi.service.reloading.PATIENCE", 0.02)
+    answers = threading.Event()
+    loads: list[None] = []
+
+    def load() -> None:
+        loads.append(None)
+        answers.wait()
+
+    reading = Reading(load)
+    for _ in range(3):
+        reading.ask("SIGHUP")
+    await reading.asked()
+    for _ in range(MOST_HANGING + 2):
+        with pytest.raises(ConfigurationError, match=r"could not be read within 0.02 s, and \d such readings hang"):
+            await reading.read()
+    assert len(loads) == MOST_HANGING
+    answers.set()
+
+
+async def test_a_signal_to_stop_is_obeyed_while_a_reload_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+    began = trio.Event()
+    token = trio.lowlevel.current_trio_token()
+
+    def load() -> Loaded:
+        token.run_sync_soon(began.set)
+        answers.wait()
+        raise AssertionError
+
+    async with serving(reload=load) as running:
+        signal.raise_signal(signal.SIGHUP)
+        await began.wait()
+        client = await running.client()
+        signal.raise_signal(signal.SIGTERM)
+        await hears_goodbye(client)
+        await running.ended.wait()
+    answers.set()
 
 
 async def test_what_takes_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -705,7 +705,7 @@ async def test_a_configuration_that_cannot_be_is_told_to_nobody(
 async def test_a_worker_that_does_not_answer_delays_a_reload_but_for_a_while(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with scene(deaf, serving) as it:
+    async with scene(deaf, serving, reload=lambda: b"new") as it:
         await it.started.wait()
         start = trio.current_time()
         signal.raise_signal(signal.SIGHUP)
@@ -718,7 +718,7 @@ async def test_a_worker_that_does_not_answer_delays_a_reload_but_for_a_while(
 
 
 async def test_a_worker_that_dies_does_not_delay_a_reload(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1) as it:
+    async with scene(deaf, places=1, reload=lambda: b"new") as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -734,7 +734,7 @@ async def test_a_worker_that_is_starting_reloads_when_it_has_started(autojump_cl
         await began.wait()
         await serving(worker)
 
-    async with scene(dying_after(100), late, places=1) as it:
+    async with scene(dying_after(100), late, places=1, reload=lambda: b"new") as it:
         await it.started.wait()
         await trio.sleep(101)
         signal.raise_signal(signal.SIGHUP)
@@ -755,7 +755,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
         await began.wait()
         await serving(worker)
 
-    async with scene(late, places=1) as it:
+    async with scene(late, places=1, reload=lambda: b"new") as it:
         await settle()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -766,7 +766,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
 
 
 async def test_to_stop_ends_a_reload_that_nobody_answers(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1) as it:
+    async with scene(deaf, places=1, reload=lambda: b"new") as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -774,6 +774,58 @@ async def test_to_stop_ends_a_reload_that_nobody_answers(autojump_clock: trio.te
         await settle()
         assert it.workers[0].told == ["reload", "drain"]
         assert it.notifier.states == ["READY=1", "RELOADING=1", "STOPPING=1"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 10_000), RecursionError("x"), MemoryError(), OSError(5, "x")])
+async def test_nothing_that_a_reload_meets_ends_the_service(
+    error: Exception, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    def broken() -> bytes:
+        raise error
+
+    async with scene(reload=broken) as it:
+        await it.started.wait()
+        signal.raise_signal(signal.SIGHUP)
+        await settle()
+        assert it.notifier.states == ["READY=1", "RELOADING=1", "READY=1"]
+        assert [worker.told for worker in it.workers] == [[]] * 2
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "the old configuration stays: the configuration cannot be used: " + type(error).__name__ in line
+    assert len(line) < 500
+
+
+async def test_a_reload_that_hangs_holds_up_neither_the_service_nor_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def hang(*_: object, **options: Any) -> None:
+        assert options["abandon_on_cancel"]
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", hang)
+    async with scene(watchdog=4.0, reload=lambda: b"new") as it:
+        await it.started.wait()
+        signal.raise_signal(signal.SIGHUP)
+        await trio.sleep(20)
+        assert it.notifier.told.count("WATCHDOG=1") >= 10
+        await trio.sleep(20)
+        assert it.notifier.states == ["READY=1", "RELOADING=1", "READY=1"]
+        signal.raise_signal(signal.SIGHUP)
+        await settle()
+        start = trio.current_time()
+        signal.raise_signal(signal.SIGTERM)
+        await it.over.wait()
+        assert trio.current_time() - start < 1
+    assert "the old configuration stays: it could not be read within 30 s" in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def inline(function: Callable[..., Any], *args: Any, **_options: Any) -> Any:
+        # The clock would jump over a wait for a thread.
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", inline)
 
 
 @pytest.fixture(autouse=True)

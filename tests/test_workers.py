@@ -210,10 +210,31 @@ async def test_sighup_reaches_every_worker_and_a_broken_configuration_changes_no
         config.write_text("[limits]\nmax_conections = 5\n")
         program.process.send_signal(signal.SIGHUP)
         program.expect("the old configuration stays.*max_conections", "err")
+        for worst in (f"[limits]\nmax_connections = {'9' * 5000}\n", f"x = {'[' * 100_000}"):
+            config.write_text(worst)
+            told = len(program.err)
+            program.process.send_signal(signal.SIGHUP)
+            program.expect(rf"(?s)\A.{{{told}}}.*the old configuration stays.*triosspi.toml:\d: ", "err")
         config.write_text("[limits]\nmax_connections = 500\npenalties = false\n")
         program.process.send_signal(signal.SIGHUP)
         program.expect("(?s)(the configuration was read again.*){2}", "err")
         assert len(await ask_until(port, lambda answered: len(answered) == 2)) == 2
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_reload_that_hangs_holds_up_neither_clients_nor_the_end(folder: Path, workers: str) -> None:
+    config = folder / "triosspi.toml"
+    config.write_text("")
+    with serving(folder, "--config", "triosspi.toml", "--workers", workers) as program:
+        port = program.expect_port()
+        config.unlink()
+        # Nobody will ever write to it.
+        os.mkfifo(config)
+        program.process.send_signal(signal.SIGHUP)
+        program.expect("reading the configuration again", "err")
+        await ask(port)
+        assert await trio.to_thread.run_sync(program.stop) == 0
+    assert "Traceback" not in program.err
 
 
 async def test_workers_log_as_configured_and_name_themselves(folder: Path) -> None:

@@ -12,6 +12,7 @@ import trio
 from .._errors import ConfigurationError
 from .._tcp import Handler, TCPChannel
 from ..impersonation import thread_user_name
+from .reasons import described
 from .transcript import Transcript
 
 #: The sample's message to its client: 28 bytes, without a terminating NUL.
@@ -75,7 +76,7 @@ def load_app(name: str) -> Handler:
         for part in attribute.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as exc:
-        raise ConfigurationError(f"cannot load the application {name!r}: {type(exc).__name__}: {exc}") from exc
+        raise ConfigurationError(f"cannot load the application {name!r}: {described(exc)}") from exc
     # An object may be an application too, but what a class's call makes is not awaitable.
     call = None if inspect.isclass(found) else getattr(found, "__call__", None)  # noqa: B004
     if not (inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(call)):

@@ -33,6 +33,7 @@ from .observe.metrics import Metrics, WorkerMetrics
 from .observe.notify import Notifier
 from .observe.status import Health, StatusServer
 from .observe.telemetry import Telemetry
+from .reasons import only_configuration_errors
 from .server import BEAT, Loaded, Server
 from .transcript import Transcript
 from .workers.processes import Timing
@@ -93,6 +94,9 @@ class Program:
           OptionError: two options do not go together.
           ConfigurationError: a file that it names is wrong.
         """
+        return only_configuration_errors("what the configuration names", self._make, configuration)
+
+    def _make(self, configuration: Configuration) -> Loaded:
         settings = configuration.settings
         return Loaded(
             settings=msgspec.structs.replace(

@@ -1,9 +1,22 @@
-"""Why the network did not do what was asked, in the system's own few words."""
+"""Why something could not be done, in few words for an operator."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+from collections.abc import Callable
+from typing import Final, ParamSpec, TypeVar
+
+from .._errors import ConfigurationError
+
+log = logging.getLogger("triosspi.server")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Characters of what an exception says of itself. Nobody reads more of it in a log, and some quote all that they met.
+_LONGEST: Final = 300
 
 
 def reason(exc: OSError) -> str:
@@ -20,3 +33,37 @@ def reason(exc: OSError) -> str:
     if exc.errno is None or isinstance(exc, socket.gaierror) or os.name == "nt":
         return exc.strerror or str(exc)
     return os.strerror(exc.errno)
+
+
+def described(exc: BaseException) -> str:
+    """Any exception in one short line: its type, and what it says of itself."""
+    try:
+        text = " ".join(str(exc).split())
+    except Exception:  # noqa: BLE001 - somebody else's __str__, which is no reason to fail
+        text = ""
+    text = "".join(char if char.isprintable() else "?" for char in text[:_LONGEST])
+    return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def only_configuration_errors(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function that reads what people have written, and whose failures none of us has foreseen all.
+
+    Args:
+      what: cannot be used, in the words of the error.
+      function: is called.
+      args: its arguments.
+      kwargs: the same.
+
+    Raises:
+      ConfigurationError: whatever `Exception` it was, in one line.
+    """
+    try:
+        return function(*args, **kwargs)
+    except ConfigurationError:
+        raise
+    except Exception as exc:
+        # Whoever looks for the place has it at level debug.
+        log.debug("%s cannot be used", what, exc_info=True)
+        problem = f"{what} cannot be used: {described(exc)}"
+    # Not in the block above: nothing of what was read is to hang on this error.
+    raise ConfigurationError(problem)

@@ -24,7 +24,6 @@ from typing import Final
 
 import trio
 
-from .. import _server_threads
 from .._accepting import accept_forever
 from .._channel import Impersonator
 from .._errors import ConfigurationError
@@ -41,6 +40,8 @@ from .network.proxy_protocol import ProxyProtocol
 from .observe.logs import configure as configure_logs
 from .observe.notify import Notifier
 from .observe.telemetry import Telemetry
+from .reasons import only_configuration_errors
+from .reloading import Reading, watch_files
 from .sessions import Sessions
 from .workers.worker_link import WorkerLink
 
@@ -48,8 +49,6 @@ log = logging.getLogger("triosspi.server")
 
 #: Seconds between two turns of the event loop that are measured and shown to whoever watches this process.
 BEAT: Final = 1.0
-#: Seconds between two looks at the files that the configuration comes from.
-FILES_INTERVAL: Final = 2.0
 
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 # Windows has none.
@@ -109,7 +108,7 @@ class Server:
         self._notifier = notifier
         self._sole = sole
         self._once = once
-        self._load = reload
+        self._reading = None if reload is None else Reading(reload)
         self._link = link
         self._stopping = False
         # Of the first connection, where there is to be one only: None until it has come.
@@ -148,7 +147,9 @@ class Server:
                 self._watches.start_soon(self._obey, received)
                 self._watches.start_soon(self._service.sessions.watch, self._watches)
                 self._watches.start_soon(self._keep_beating)
-                self._watches.start_soon(self._watch_files)
+                if self._reading is not None:
+                    self._watches.start_soon(self._reload_when_asked, self._reading)
+                    self._watches.start_soon(watch_files, self._watched_files, self._files_changed)
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
@@ -196,23 +197,16 @@ class Server:
     def _count_connections(self) -> int:
         return self._service.admission.pending + self._service.admission.established
 
-    async def _watch_files(self) -> None:
-        known = await _server_threads.run_sync(_state_of, self._loaded.files)
-        while True:
-            await trio.sleep(FILES_INTERVAL)
-            if not self._loaded.settings.reload.watch_files:
-                continue
-            found = await _server_threads.run_sync(_state_of, self._loaded.files)
-            if found != known:
-                known = found
-                log.info("a file of the configuration has changed")
-                await self.reload()
+    def _watched_files(self) -> tuple[Path, ...]:
+        return self._loaded.files if self._loaded.settings.reload.watch_files else ()
+
+    def _files_changed(self) -> None:
+        self.ask_to_reload("a file of the configuration has changed")
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
             if number == _RELOAD_SIGNAL:
-                log.info("SIGHUP: reading the configuration again")
-                await self.reload()
+                self.ask_to_reload("SIGHUP")
             elif self._link is None or not self._stopping:
                 # A worker may hear the same request from its supervisor and from systemd, in either order; when it is to
                 # be at once, the supervisor says so.
@@ -221,32 +215,47 @@ class Server:
 
     # Reloading
 
+    def ask_to_reload(self, why: str) -> None:
+        """Have the configuration read again; a broken one changes nothing. Connections notice nothing of it."""
+        if self._reading is None:
+            log.warning("%s: there is no configuration to read again", why)
+        else:
+            self._reading.ask(why)
+
+    async def _reload_when_asked(self, reading: Reading[Loaded]) -> None:
+        # A task of its own: while it waits for a disk, signals are obeyed.
+        while True:
+            await reading.asked()
+            await self.reload()
+
     async def reload(self) -> None:
-        """Read the configuration again; a broken one changes nothing. Connections notice nothing of it."""
-        if self._load is None:
-            log.warning("there is no configuration to read again")
+        """Read the configuration again, if there is one to read; see `ask_to_reload`."""
+        if self._reading is None:
             return
         self._notifier.reloading()
         try:
-            loaded = await _server_threads.run_sync(self._load)
+            loaded = await self._reading.read()
+            only_configuration_errors("the configuration", self._apply, loaded)
         except ConfigurationError as exc:
             log.error("the configuration stays as it was: %s", exc)  # noqa: TRY400 - a clear one-line error
         else:
-            self._apply(loaded)
             log.info("the configuration was read again")
-        self._notifier.ready()
+        if not self._stopping:
+            self._notifier.ready()
         if self._link is not None:
             self._link.reloaded()
 
     def _apply(self, loaded: Loaded) -> None:
         old, settings = self._loaded.settings, loaded.settings
         service = self._service
+        # What may fail comes first: all of it is taken over, or nothing.
+        proxies = ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix)
+        configure_logs(settings.log.log_level, settings.log.log_format)
         service.acceptor, service.impersonation = loaded.acceptor, loaded.impersonation
         service.limits = settings.limits
         service.admission.reconfigure(settings.limits)
         service.keepalive = settings.listen.keepalive
-        service.proxies = ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix)
-        configure_logs(settings.log.log_level, settings.log.log_format)
+        service.proxies = proxies
         if names := only_by_restart(old, settings):
             log.warning("a restart is needed for what has changed in %s", ", ".join(names))
         self._loaded = loaded
@@ -287,16 +296,3 @@ class Server:
         await trio.sleep(grace)
         log.warning("%d sessions have not ended within %g s: cancelled", len(self._service.sessions), grace)
         self._connections.cancel_scope.cancel()
-
-
-def _state_of(files: tuple[Path, ...]) -> list[tuple[int, int, int] | None]:
-    """What changes when a file does."""
-    found: list[tuple[int, int, int] | None] = []
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError:
-            found.append(None)
-        else:
-            found.append((status.st_mtime_ns, status.st_ino, status.st_size))
-    return found

@@ -20,6 +20,7 @@ from ..config.configuration import CONFIG_VARIABLE, Configuration, Configuration
 from ..config.fitting import descriptor_limit, misfits
 from ..config.options import Option, OptionError
 from ..config.settings import SECTIONS, all_options
+from ..reasons import only_configuration_errors
 from .common import log_to_stderr
 
 log = logging.getLogger("triosspi.server")
@@ -171,7 +172,7 @@ def check_config(context: click.Context, /, **_values: object) -> None:
         partial(make_account_map, settings.impersonation),
     ):
         try:
-            check()
+            only_configuration_errors("what the configuration names", check)
         except OptionError as exc:
             errors.append(configuration.explain(exc))
         except ConfigurationError as exc:

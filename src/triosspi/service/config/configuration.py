@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import os
 import re
 import stat
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from ..._errors import ConfigurationError
+from ..reasons import only_configuration_errors
 from .options import Option, OptionError
 from .settings import SECTIONS, Settings, all_options
 
@@ -28,6 +31,8 @@ PREFIX: Final = "TRIOSSPI_"
 CONFIG_VARIABLE: Final = "TRIOSSPI_CONFIG"
 # The file, and what `triosspi connect` reads.
 _OTHER_VARIABLES: Final = {CONFIG_VARIABLE, "TRIOSSPI_PASSWORD"}
+# Bytes of a file. All options with their explanations are 8 KiB; /dev/zero has no end.
+_LONGEST_FILE: Final = 2**20
 # In Kubernetes every container is told of every service: one called "triosspi" makes TRIOSSPI_PORT=tcp://10.0.0.7:2000.
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
@@ -102,7 +107,11 @@ class Sources:
 
         Raises:
           ConfigurationErrors: something is wrong.
+          ConfigurationError: something is so wrong that it cannot be said where.
         """
+        return only_configuration_errors("the configuration", self._load)
+
+    def _load(self) -> Configuration:
         errors: list[str] = []
         values: dict[str, Any] = {}
         origins = dict.fromkeys(all_options(), _DEFAULT)
@@ -219,8 +228,14 @@ def _read_file(path: Path, errors: list[str]) -> Iterator[tuple[Option, object, 
         tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise ConfigurationErrors([_syntax_error(path, str(exc), text)]) from None
+    except ValueError:
+        # The interpreter's limit, which is there because reading takes the square of the digits.
+        digits = sys.get_int_max_str_digits()
+        raise ConfigurationErrors(
+            [f"{path}:{_line_of(ValueError, text)}: a number of more than {digits} digits"]
+        ) from None
     except RecursionError:
-        raise ConfigurationErrors([f"{path}: too deeply nested"]) from None
+        raise ConfigurationErrors([f"{path}:{_line_of(RecursionError, text)}: too deeply nested"]) from None
     unknown: set[str] = set()
     for statement in _statements(text):
         where = f"{path}:{statement.line}"
@@ -229,6 +244,23 @@ def _read_file(path: Path, errors: list[str]) -> Iterator[tuple[Option, object, 
             errors.append(f"{where}: {problem}")
         elif problem is None and statement.value is not None:
             yield all_options()[statement.path[1]], statement.value, Origin("file", where)
+
+
+def _line_of(kind: type[Exception], text: str) -> int:
+    """The line at which the parser raises this, and not only for want of the rest."""
+    lines = text.split("\n")
+
+    def raises(number: int) -> bool:
+        try:
+            tomllib.loads("\n".join(lines[:number]))
+        except tomllib.TOMLDecodeError:
+            return False
+        except kind:
+            return True
+        return False
+
+    # It reads from the beginning to the end: with fewer lines it does not come there, with more it does not go on.
+    return 1 + bisect.bisect_left(range(1, len(lines)), True, key=raises)
 
 
 def _misplaced(statement: _Statement, unknown: set[str]) -> str | None:
@@ -275,7 +307,9 @@ def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            content = file.read()
+            content = file.read(_LONGEST_FILE + 1)
+        if len(content) > _LONGEST_FILE:
+            raise ConfigurationErrors([f"the configuration {path} is longer than {_LONGEST_FILE >> 20} MiB"])
         text = content.decode()
     except OSError as exc:
         raise ConfigurationErrors([f"cannot read the configuration {path}: {exc.strerror}"]) from None

@@ -221,7 +221,11 @@ class Option:
 
 def _quoted(raw: object, limit: int = 64) -> str:
     # As TOML writes it, so that a number and a string of digits look different.
-    text = kinds.quoted(raw) if isinstance(raw, str) else str(raw).lower() if isinstance(raw, bool) else ascii(raw)
+    try:
+        text = kinds.quoted(raw) if isinstance(raw, str) else str(raw).lower() if isinstance(raw, bool) else ascii(raw)
+    except (ValueError, RecursionError):
+        # 0xFFF... is read whatever its length, but not written in decimal digits.
+        return "a value that is too long to be shown"
     return text if len(text) <= limit else text[:limit] + "..."
 
 

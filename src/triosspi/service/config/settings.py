@@ -32,7 +32,8 @@ Seconds = Annotated[float, Meta(ge=0.001, le=3650 * _DAY)]
 # What the kernel takes in whole seconds.
 KernelSeconds = Annotated[float, Meta(ge=1, le=32767)]
 Grace = Annotated[float, Meta(ge=0, le=3650 * _DAY)]
-Count = Annotated[int, Meta(ge=1)]
+# Nobody has more of anything; and a number without a bound may be too long to be shown.
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Serve(Section, frozen=True, kw_only=True):
@@ -160,7 +161,7 @@ class Limits(Section, frozen=True, kw_only=True):
     # RC4's output differs from randomness by what can be seen in some 2^30 bytes (Fluhrer and McGrew, 2000), and to read
     # with it what was sent takes thousands of times that and the same text again and again. SSH wants new keys after 1 GB.
     max_session_bytes: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
+        Annotated[int, Meta(ge=1, le=2**63 - 1)] | None,
         About("End a session in which either side has sent so much.", kinds.SIZE, none="off"),
     ] = 4 * 2**30
     # The sequence number has 32 bits; this is an 85th of them.

@@ -34,6 +34,7 @@ import trio
 from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
 from ..reasons import reason
+from ..reloading import Reading
 from .balance import Board
 from .processes import COMMAND, Process, Timing, WorkerProcess, spawn
 from .worker_link import Plan
@@ -90,8 +91,8 @@ class Supervisor:
       timing: see `Timing`.
       max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first.
       notifier: the service manager.
-      reload: called for each SIGHUP before the workers are told; returns what those serve that start from then on.
-          Where it raises `ConfigurationError`, that is logged, and all stays as it is.
+      reload: called in a thread, for each SIGHUP before the workers are told; returns what those serve that start from
+          then on. Where it raises, or hangs, that is logged, and all stays as it is. None: nothing can be read again.
       on_stop: called when it begins to stop, before the sockets are closed.
       on_end: called with the process number of each worker that has ended.
       spawn: starts a worker: see `spawn`, but for the command; for tests.
@@ -116,7 +117,7 @@ class Supervisor:
         self._timing = timing if timing is not None else Timing()
         self._max_sessions = max_sessions
         self._notifier = notifier if notifier is not None else Notifier(None)
-        self._reload = reload
+        self._reading = None if reload is None else Reading(reload)
         self._on_stop = on_stop
         self._on_end = on_end
         self._spawn = spawn
@@ -124,7 +125,6 @@ class Supervisor:
         self._attending: trio.Nursery
         self._serving = trio.CancelScope()
         self._stops = 0
-        self._reload_wanted = trio.Event()
         self._renewing = trio.Lock()
 
     @property
@@ -210,7 +210,8 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             for worker in first:
                 nursery.start_soon(self._keep, worker)
-            nursery.start_soon(self._reload_when_wanted)
+            if self._reading is not None:
+                nursery.start_soon(self._reload_when_asked, self._reading)
             nursery.start_soon(self._notifier.keep_alive, lambda: self.well)
 
     async def _keep(self, worker: WorkerProcess) -> None:
@@ -318,8 +319,10 @@ class Supervisor:
         async for number in signals:
             name = signal.Signals(number).name
             if number == signal.SIGHUP:
-                log.info("%s: reloading", name)
-                self._reload_wanted.set()
+                if self._reading is None:
+                    log.warning("%s: there is no configuration to read again", name)
+                else:
+                    self._reading.ask(name)
             elif trio.current_time() - last > _ECHO:
                 last = trio.current_time()
                 self.stop(name)
@@ -356,14 +359,12 @@ class Supervisor:
             for sock in place:
                 sock.close()
 
-    async def _reload_when_wanted(self) -> None:
+    async def _reload_when_asked(self, reading: Reading[bytes]) -> None:
         while True:
-            await self._reload_wanted.wait()
-            self._reload_wanted = trio.Event()
+            await reading.asked()
             self._notifier.reloading()
             try:
-                if self._reload is not None:
-                    self._service = self._reload()
+                self._service = await reading.read()
             except ConfigurationError as exc:
                 # They would find the same.
                 log.error("not reloaded, the old configuration stays: %s", exc)  # noqa: TRY400 - no error of ours
