@@ -57,17 +57,17 @@ def run(
     return subprocess.CompletedProcess(result.args, result.returncode, out, err)
 
 
-def stop_at_once(patch: pytest.MonkeyPatch) -> list[Loaded]:
+def stop_at_once(patch: pytest.MonkeyPatch) -> list[tuple[Program, Loaded]]:
     """Have `triosspi serve`, run in this process, stop as soon as it serves; what it has served with."""
     real = Program.serve
-    seen: list[Loaded] = []
+    seen: list[tuple[Program, Loaded]] = []
 
     async def serve(self: Program, loaded: Loaded, started: Started, **options: Any) -> bool:
         def start(listeners: list[trio.SocketListener]) -> None:
             started(listeners)
             signal.raise_signal(signal.SIGTERM)
 
-        seen.append(loaded)
+        seen.append((self, loaded))
         return await real(self, loaded, start, **options)
 
     patch.setattr(Program, "serve", serve)

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import trio
 
 from triosspi import ConfigurationError
-from triosspi.service.workers.processes import Timing, spawn
+from triosspi.service.workers.processes import Timing, Work, spawn
 from triosspi.service.workers.supervisor import Supervisor
 from triosspi.service.workers.worker_link import Plan, WorkerLink, take_descriptors
 
@@ -104,7 +104,7 @@ async def work(stub: Stub, mode: str, plan: Plan, link: WorkerLink) -> None:
             async for number in signals:
                 if number == signal.SIGHUP:
                     stub.say("reloaded")
-                    link.reloaded()
+                    link.reloaded(link.newest.generation)
                 else:
                     stop(signal.Signals(number).name)
 
@@ -131,12 +131,12 @@ async def work(stub: Stub, mode: str, plan: Plan, link: WorkerLink) -> None:
 def main() -> int:
     link_fd, plan_fd = map(int, sys.argv[1:])
     plan = Plan.take(plan_fd)
-    stub = Stub(**json.loads(plan.service))
+    stub = Stub(**json.loads(plan.update.service))
     mode = stub.my_mode()
     stub.say("started", mode)
     (sock,) = take_descriptors([link_fd])
     faulthandler.register(signal.SIGQUIT, all_threads=True)
-    link = WorkerLink(sock, heartbeat=plan.heartbeat, max_sessions=plan.max_sessions, alarm=plan.alarm)
+    link = WorkerLink(sock, plan.update, heartbeat=plan.heartbeat, max_sessions=plan.max_sessions, alarm=plan.alarm)
     if mode == "fail":
         link.failed("the accounts are\nnot there")
         return 3
@@ -161,15 +161,21 @@ def listen(places: int, *, shared: bool = True) -> list[list[socket.socket]]:
     return [[sock] for sock in sockets]
 
 
-def make_supervisor(stub: Stub, places: list[list[socket.socket]], *, timing: Timing, **options: Any) -> Supervisor:
-    return Supervisor(places, stub.encode(), timing=timing, spawn=partial(spawn, COMMAND), **options)
+def make_supervisor(
+    stub: Stub, places: list[list[socket.socket]], *, timing: Timing, grace: float = 30.0, **options: Any
+) -> Supervisor:
+    return Supervisor(
+        places, Work(service=stub.encode(), grace=grace), timing=timing, spawn=partial(spawn, COMMAND), **options
+    )
 
 
 def supervise(number: str, stub: str, timing: str) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     places = listen(int(number))
     what = Stub(**json.loads(stub))
-    supervisor = make_supervisor(what, places, timing=Timing(**json.loads(timing)), reload=what.encode)
+    supervisor = make_supervisor(
+        what, places, timing=Timing(**json.loads(timing)), reload=lambda: Work(service=what.encode())
+    )
     port = places[0][0].getsockname()[1]
     try:
         trio.run(supervisor.run, lambda: print(f"port {port}", flush=True))

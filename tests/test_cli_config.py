@@ -17,7 +17,7 @@ from triosspi import AccountFile
 from triosspi.service import account_editor, cli
 from triosspi.service.cli.config import example
 from triosspi.service.config.configuration import Sources
-from triosspi.service.config.settings import SECTIONS, Settings, all_options
+from triosspi.service.config.settings import SECTIONS, Settings, StartSettings, all_options
 from triosspi.service.server import Loaded
 
 OPTIONS = all_options()
@@ -98,7 +98,7 @@ def test_what_is_for_one_run_only_is_a_flag_of_serve_and_nothing_else() -> None:
 def test_the_help_has_a_part_for_each_section(call: Call) -> None:
     out = call("serve", "--help").out
     parts = re.findall(r"^([A-Z]\w+):$", out, re.MULTILINE)
-    assert parts == ["Options", *(section.section.capitalize() for section in SECTIONS)]
+    assert parts == ["Options", *(section.capitalize() for section in SECTIONS)]
     # Wherever the lines are broken.
     out = " ".join(out.split())
     assert "[default: 30s]" in out
@@ -106,13 +106,14 @@ def test_the_help_has_a_part_for_each_section(call: Call) -> None:
     assert "[default: on]" in out
 
 
-def run_settings(call: Call, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Loaded:
+def run_settings(call: Call, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[StartSettings, Loaded]:
     """What `serve` would run with."""
     with monkeypatch.context() as patch:
         seen = stop_at_once(patch)
         outcome = call("serve", *arguments)
     assert outcome.status == 0, outcome.err
-    return seen[0]
+    program, loaded = seen[0]
+    return program.start, loaded
 
 
 def test_serve_takes_its_options_from_file_variables_and_flags(
@@ -125,15 +126,15 @@ def test_serve_takes_its_options_from_file_variables_and_flags(
     )
     hosts = ["--host", "127.0.0.1", "--host", "127.0.0.2"]
     monkeypatch.setenv("TRIOSSPI_PORT", "0")
-    loaded = run_settings(call, monkeypatch, "--config", "etc/t.toml", *hosts)
-    serve, listen = loaded.settings.serve, loaded.settings.listen
+    start, loaded = run_settings(call, monkeypatch, "--config", "etc/t.toml", *hosts)
+    serve, listen = start.serve, start.listen
     assert (serve.wire, listen.port, listen.hosts) == ("framed", 0, ("127.0.0.1", "127.0.0.2"))
     accounts = loaded.acceptor.accounts
     assert isinstance(accounts, AccountFile)
     assert [account.principal for account in accounts] == ["DOM\\alice"]
     monkeypatch.setenv("TRIOSSPI_CONFIG", "etc/t.toml")
-    loaded = run_settings(call, monkeypatch, "--wire", "sample", "--port", "0")
-    assert (loaded.settings.serve.wire, loaded.settings.listen.hosts) == ("sample", ("127.0.0.9",))
+    start, _ = run_settings(call, monkeypatch, "--wire", "sample", "--port", "0")
+    assert (start.serve.wire, start.listen.hosts) == ("sample", ("127.0.0.9",))
 
 
 def test_the_log_is_set_up_as_the_settings_say(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,10 +297,16 @@ def test_the_example_as_it_stands_is_the_defaults(call: Call, tmp_path: Path) ->
 
 def test_the_example_has_every_option_once_in_its_section_and_in_order() -> None:
     document = tomllib.loads(uncommented())
-    assert list(document) == [section.section for section in SECTIONS]
+    assert list(document) == list(SECTIONS)
     assert {name: list(section) for name, section in document.items()} == {
-        section.section: [name for name in OPTIONS if OPTIONS[name].section == section.section] for section in SECTIONS
+        section: [name for name in OPTIONS if OPTIONS[name].section == section] for section in SECTIONS
     }
+
+
+def test_the_example_says_what_needs_a_restart() -> None:
+    said = re.search(r"which need a restart: ([a-z_, \n#]+)\.", example())
+    assert said is not None
+    assert re.findall(r"[a-z_]+", said[1]) == [name for name, option in OPTIONS.items() if not option.reloads]
 
 
 def test_what_the_example_shows_is_the_default_wherever_there_is_one(tmp_path: Path) -> None:

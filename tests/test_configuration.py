@@ -24,7 +24,7 @@ from triosspi.service.config.assembly import (
 )
 from triosspi.service.config.configuration import Configuration, ConfigurationErrors, Origin, Sources, own_variables
 from triosspi.service.config.options import OptionError
-from triosspi.service.config.settings import Accept, Impersonate, Limits, Serve, Settings, all_options
+from triosspi.service.config.settings import Accept, Impersonate, Limits, LocalAccounts, Serve, Settings, all_options
 
 NAME = "triosspi.toml"
 
@@ -66,7 +66,7 @@ def test_flags_win_over_variables_over_the_file_over_the_defaults(tmp_path: Path
     assert origins["idle_timeout"] == Origin("flag", "--idle-timeout")
     assert settings.limits.max_session_age == 120.0
     assert origins["max_session_age"] == Origin("variable", "TRIOSSPI_MAX_SESSION_AGE")
-    assert settings.workers.grace == 60.0
+    assert settings.stopping.grace == 60.0
     assert origins["grace"] == Origin("file", f"{tmp_path / NAME}:5")
     assert settings.limits.handshake_timeout == 30.0
     assert origins["handshake_timeout"] == Origin("default", "default")
@@ -461,10 +461,10 @@ def test_an_acceptor_is_made_of_the_settings_and_made_again(accounts: Path) -> N
 
 
 def test_the_application_follows_from_the_format_unless_it_is_named() -> None:
-    assert isinstance(choose_app(Settings()), Greet)
-    assert choose_app(Settings(serve=Serve(wire="framed"))) is echo
-    assert choose_app(Settings(serve=Serve(app="echo"))) is echo
-    assert isinstance(choose_app(Settings(serve=Serve(app="greet", wire="framed"))), Greet)
+    assert isinstance(choose_app(Settings().start), Greet)
+    assert choose_app(Settings(serve=Serve(wire="framed")).start) is echo
+    assert choose_app(Settings(serve=Serve(app="echo")).start) is echo
+    assert isinstance(choose_app(Settings(serve=Serve(app="greet", wire="framed")).start), Greet)
     assert [app_name(serve) for serve in (Serve(), Serve(wire="framed"), Serve(app="a:b"))] == ["greet", "echo", "a:b"]
     assert len(SAMPLE_MESSAGE) == 28
 
@@ -483,24 +483,24 @@ def test_the_application_follows_from_the_format_unless_it_is_named() -> None:
 )
 def test_an_application_that_has_no_use_for_an_option_refuses_it(settings: Settings, option: str, problem: str) -> None:
     with pytest.raises(OptionError, match=problem) as caught:
-        choose_app(settings)
+        choose_app(settings.start)
     assert caught.value.option == option
 
 
 def test_a_message_that_is_no_text_is_sent_as_the_bytes_it_was() -> None:
-    app: Any = choose_app(Settings(serve=Serve(message=os.fsdecode(b"caf\xe9"))))
+    app: Any = choose_app(Settings(serve=Serve(message=os.fsdecode(b"caf\xe9"))).start)
     assert app._message == b"caf\xe9"
 
 
 def test_impersonation_is_off_unless_it_is_asked_for_and_needs_a_map() -> None:
-    assert make_impersonation(Impersonate(account_map=Path("/nowhere"))) is None
-    assert make_account_map(Impersonate()) is None
+    assert make_impersonation(Impersonate(), LocalAccounts(account_map=Path("/nowhere"))) is None
+    assert make_account_map(Impersonate(), LocalAccounts()) is None
     with pytest.raises(OptionError, match="needs account_map, auth_to_local or both") as caught:
-        make_impersonation(Impersonate(impersonate=True))
+        make_impersonation(Impersonate(impersonate=True), LocalAccounts())
     flag = load(impersonate=True)
     assert flag.explain(caught.value) == "--impersonate needs --account-map, --auth-to-local or both"
     variable = load(None, None, {"TRIOSSPI_IMPERSONATE": "yes"})
     assert variable.explain(caught.value) == "TRIOSSPI_IMPERSONATE needs account_map, auth_to_local or both"
     assert load().explain(caught.value).startswith("impersonation.impersonate needs account_map")
     with pytest.raises(ConfigurationError, match="cannot read the account map /nowhere"):
-        make_account_map(Impersonate(impersonate=True, account_map=Path("/nowhere")))
+        make_account_map(Impersonate(impersonate=True), LocalAccounts(account_map=Path("/nowhere")))

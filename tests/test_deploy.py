@@ -24,7 +24,7 @@ from triosspi.service.config.settings import Settings, all_options
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-GRACE = Settings().workers.grace
+GRACE = Settings().stopping.grace
 # What closing the last connections takes: see `SSPIChannel.aclose`.
 CLOSING = 5.0
 # `systemd-analyze security`, in tenths; 20 is what systemd calls good. What is left is the network, unix sockets for the
@@ -209,7 +209,7 @@ def test_kubernetes_waits_for_longer_than_pre_stop_and_the_grace(resources: dict
     assert program == "sleep"
     file = tmp_path / "triosspi.toml"
     file.write_text(resources["ConfigMap"]["data"]["triosspi.toml"])
-    grace = Sources(file=file, environ={}).load().settings.workers.grace
+    grace = Sources(file=file, environ={}).load().settings.stopping.grace
     assert spec["terminationGracePeriodSeconds"] >= int(seconds) + grace + CLOSING
 
 

@@ -20,7 +20,7 @@ from triosspi import Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
 from triosspi.service.config import fitting
 from triosspi.service.config.fitting import RESERVED, descriptor_limit, fitted, misfits, raise_descriptor_limit
-from triosspi.service.config.settings import Limits, Listen, Settings, Workers
+from triosspi.service.config.settings import Connections, Limits, Listen, Settings, Workers
 
 if sys.platform == "win32":
     pytest.skip("Windows has no limit on descriptors", allow_module_level=True)
@@ -41,8 +41,8 @@ def accounts(tmp_path: Path) -> Path:
     return tmp_path / "accounts"
 
 
-def settings(connections: int, **sections: Any) -> Settings:
-    return Settings(limits=Limits(max_connections=connections), **sections)
+def settings(most: int, **sections: Any) -> Settings:
+    return Settings(limits=Limits(max_connections=most), **sections)
 
 
 # The limit
@@ -137,15 +137,12 @@ def test_a_backlog_that_the_kernel_cuts_is_told(tmp_path: Path, monkeypatch: pyt
 def test_proxies_by_address_where_nobody_has_one_are_told(tmp_path: Path) -> None:
     proxies = (ip_network("10.0.0.0/8"),)
     sockets = (tmp_path / "socket",)
-    (text,) = misfits(settings(1, listen=Listen(unix=sockets, proxy_from=proxies)), None)
+    unix, everywhere = Listen(unix=sockets), Listen(unix=sockets, hosts=("127.0.0.1",))
+    named, both = Connections(proxy_from=proxies), Connections(proxy_from=proxies, proxy_unix=True)
+    (text,) = misfits(settings(1, listen=unix, connections=named), None)
     assert text.startswith("proxy_from has no effect")
-    for listen in (
-        Listen(unix=sockets),
-        Listen(unix=sockets, proxy_from=proxies, proxy_unix=True),
-        Listen(unix=sockets, hosts=("127.0.0.1",), proxy_from=proxies),
-        Listen(proxy_from=proxies),
-    ):
-        assert not [*misfits(settings(1, listen=listen), None)]
+    for listen, connections in ((unix, Connections()), (unix, both), (everywhere, named), (Listen(), named)):
+        assert not [*misfits(settings(1, listen=listen, connections=connections), None)]
 
 
 # The program

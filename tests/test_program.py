@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 import socket
@@ -19,10 +18,10 @@ import trio
 from programs import running
 from triosspi import ConfigurationError, Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor, program
-from triosspi.service.config.configuration import Sources
-from triosspi.service.config.settings import Listen, Settings
+from triosspi.service.config.configuration import Configuration, Sources
+from triosspi.service.config.settings import Connections, Listen
 from triosspi.service.demo import DemoAccount
-from triosspi.service.program import Program
+from triosspi.service.program import Program, unpickled
 
 PASSWORD = "a password"
 
@@ -38,12 +37,58 @@ def configured(tmp_path: Path, text: str) -> Sources:
     return Sources(file=tmp_path / "t.toml", environ={})
 
 
-def test_a_program_goes_to_a_worker_and_loads_the_same_there(tmp_path: Path, accounts: Path) -> None:
+def program_of(sources: Sources) -> tuple[Program, Configuration]:
+    configuration = sources.load()
+    return Program(start=configuration.settings.start, sources=sources, demo=DemoAccount.make()), configuration
+
+
+def test_a_worker_is_given_the_settings_and_never_reads_the_file(tmp_path: Path, accounts: Path) -> None:
+    program, configuration = program_of(
+        configured(tmp_path, '[accept]\naccounts = "accounts"\ndeny = ["DOM\\\\bob"]\n[workers]\nworkers = 2\n')
+    )
+    work = program.work(configuration)
+    (tmp_path / "t.toml").write_text("[limits]\nmax_conections = 1\n")
+    there = unpickled(work.service)
+    assert there.program == program
+    assert there.load().live.accept == configuration.settings.accept
+    # Nor what was edited and not reloaded, nor what only a restart brings.
+    (tmp_path / "t.toml").write_text('[serve]\nwire = "framed"\n[accept]\naccounts = "accounts"\n')
+    assert there.load().live.accept.deny == ("DOM\\bob",)
+    assert unpickled(program.reload_for_workers().service).program.start.serve.wire == "sample"
+
+
+def test_what_is_handed_to_workers_is_what_was_read_and_judged(tmp_path: Path, accounts: Path) -> None:
+    sources = configured(tmp_path, '[accept]\naccounts = "accounts"\n[workers]\nworkers = 2\ngrace = "6s"\n')
+    program, _ = program_of(sources)
+    configured(tmp_path, '[accept]\naccounts = "accounts"\n[workers]\ngrace = "60s"\n[reload]\nwatch_files = true\n')
+    work = program.reload_for_workers()
+    assert work.grace == 60
+    assert work.files == (tmp_path / "t.toml",)
+    assert unpickled(work.service).load().live.stopping.grace == 60
+    accounts.unlink()
+    with pytest.raises(ConfigurationError, match="cannot read the account file"):
+        program.reload_for_workers()
+    # A worker that finds it so keeps what it has, and says why.
+    with pytest.raises(ConfigurationError, match="cannot read the account file"):
+        unpickled(work.service).load()
+
+
+def test_what_takes_a_restart_is_named_and_left_as_it_is(
+    tmp_path: Path, accounts: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     sources = configured(tmp_path, '[accept]\naccounts = "accounts"\n')
-    program = Program(sources=sources, demo=DemoAccount.make(), share=2)
-    there = pickle.loads(pickle.dumps(program))
-    assert there == program
-    assert there.load().settings == program.load().settings
+    program, _ = program_of(sources)
+    assert program.reload().live.stopping.grace == 30
+    assert caplog.text == ""
+    configured(
+        tmp_path,
+        '[accept]\naccounts = "accounts"\n[listen]\nport = 1\nkeepalive = "5s"\n[impersonation]\nimpersonate = true\n'
+        '[workers]\ngrace = "1s"\nmax_sessions = 3\n[reload]\nwatch_files = true\n',
+    )
+    loaded = program.reload()
+    assert "a restart is needed for what has changed in port, impersonate, max_sessions\n" in caplog.text
+    assert (loaded.live.stopping.grace, loaded.live.connections.keepalive) == (1, 5)
+    assert loaded.impersonation is None
 
 
 def test_workers_share_what_all_connections_together_may_take(tmp_path: Path, accounts: Path) -> None:
@@ -52,30 +97,38 @@ def test_workers_share_what_all_connections_together_may_take(tmp_path: Path, ac
         '[accept]\naccounts = "accounts"\n[limits]\nmax_connections = 1001\nmax_unauthenticated = "10:30:61"\n'
         "max_unauthenticated_per_source = 7\n",
     )
-    alone, one_of_four = (Program(sources=sources, share=share).load().settings.limits for share in (1, 4))
+    program, configuration = program_of(sources)
+    alone, one_of_four = (program.make(configuration, share=share).live.limits for share in (1, 4))
     assert (alone.max_connections, str(alone.max_unauthenticated)) == (1001, "10:30:61")
     assert (one_of_four.max_connections, str(one_of_four.max_unauthenticated)) == (251, "3:30:16")
     assert one_of_four.max_unauthenticated_per_source == 7
 
 
-def test_the_files_that_matter_are_known(tmp_path: Path, accounts: Path) -> None:
-    sources = configured(tmp_path, '[accept]\naccounts = "accounts"\nmechanisms = "ntlm"\nkeytab = "FILE:/a/keytab"\n')
-    assert Program(sources=sources).load().files == (tmp_path / "t.toml", Path("/a/keytab"))
+@pytest.mark.parametrize("watch", [True, False])
+def test_the_files_that_matter_are_known(watch: bool, tmp_path: Path, accounts: Path) -> None:
+    sources = configured(
+        tmp_path,
+        '[accept]\naccounts = "accounts"\nmechanisms = "ntlm"\nkeytab = "FILE:/a/keytab"\n'
+        f"[reload]\nwatch_files = {str(watch).lower()}\n",
+    )
+    program, configuration = program_of(sources)
+    assert program.make(configuration).files == ((tmp_path / "t.toml", Path("/a/keytab")) if watch else ())
 
 
 def test_a_contradiction_between_options_is_told_with_its_place(tmp_path: Path, accounts: Path) -> None:
     sources = configured(tmp_path, '[accept]\naccounts = "accounts"\n[impersonation]\nimpersonate = true\n')
+    program, _ = program_of(sources)
     with pytest.raises(ConfigurationError, match=r"t\.toml:4: impersonation\.impersonate needs account_map"):
-        Program(sources=sources).load()
+        program.reload()
 
 
 def test_proxies_by_address_are_told_where_systemd_has_opened_unix_sockets_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def told(sockets: list[socket.socket], **listen: Any) -> bool:
+    def told(sockets: list[socket.socket], **connections: Any) -> bool:
         listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in sockets]
         caplog.clear()
-        program._tell_unproxied(Settings(listen=Listen(**listen)), listeners)
+        program._tell_unproxied(Listen(), Connections(**connections), listeners)
         return "proxy_from has no effect" in caplog.text
 
     proxies = (ip_network("10.0.0.0/8"),)

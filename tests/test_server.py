@@ -33,7 +33,7 @@ from triosspi.security.accounts import AccountTable
 from triosspi.security.spnego_compat import nt_hash
 from triosspi.service import connection, sessions, shutting_down
 from triosspi.service.apps import Greet, echo
-from triosspi.service.config.settings import Limits, Listen, Reload, Serve, Settings, Workers
+from triosspi.service.config.settings import Connections, Limits, Listen, Serve, Settings, Stopping
 from triosspi.service.network.listening import close_listeners, open_listeners
 from triosspi.service.observe.notify import Notifier
 from triosspi.service.observe.telemetry import SessionEnd
@@ -116,11 +116,13 @@ async def serving(
     before: Callable[[Any], object] = lambda address: None,
     **sections: Any,
 ) -> AsyncIterator[Running]:
-    loaded = Loaded(settings=settings(**sections), acceptor=acceptor or make_acceptor(), files=files)
-    listeners = await open_listeners(loaded.settings.listen)
+    given = settings(**sections)
+    loaded = Loaded(live=given.live, acceptor=acceptor or make_acceptor(), files=files)
+    listeners = await open_listeners(given.listen)
     before(listeners[0].socket.getsockname())
     told: Any = Told()
     server = Server(
+        given.start,
         loaded,
         listeners,
         handler=handler,
@@ -249,7 +251,7 @@ async def stubborn(channel: SSPIChannel[Any]) -> None:
 
 
 async def test_what_does_not_end_within_the_grace_is_cancelled() -> None:
-    async with serving(stubborn, workers=Workers(grace=0.05)) as running:
+    async with serving(stubborn, stopping=Stopping(grace=0.05)) as running:
         client = await running.client()
         running.server.stop()
         await running.ended.wait()
@@ -260,7 +262,7 @@ async def test_what_does_not_end_within_the_grace_is_cancelled() -> None:
 
 
 async def test_a_second_signal_ends_all_at_once() -> None:
-    async with serving(stubborn, workers=Workers(grace=3600.0)) as running:
+    async with serving(stubborn, stopping=Stopping(grace=3600.0)) as running:
         client = await running.client()
         signal.raise_signal(signal.SIGTERM)
         await running.told.until(lambda: running.told.all("ready")[-1] == (False, {}))
@@ -517,7 +519,7 @@ async def test_a_client_of_a_unix_socket_is_served(tmp_path: Path) -> None:
 
 
 async def test_a_proxy_tells_who_the_client_is() -> None:
-    async with serving(listen=Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),))) as running:
+    async with serving(connections=Connections(proxy_from=(ip_network("127.0.0.0/8"),))) as running:
         stream = await trio.open_tcp_stream(*running.addresses[0])
         await stream.send_all(b"PROXY TCP4 192.0.2.7 192.0.2.8 4242 2000\r\n")
         channel: SSPIChannel[Any] = SSPIChannel(stream, make_initiator())
@@ -534,7 +536,7 @@ async def test_a_proxy_on_a_unix_socket_tells_who_the_client_is_where_that_is_wh
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "socket"
-    async with serving(listen=Listen(unix=(path,), proxy_unix=True)) as running:
+    async with serving(listen=Listen(unix=(path,)), connections=Connections(proxy_unix=True)) as running:
         stream = await trio.open_unix_socket(path)
         await stream.send_all(HEADER)
         channel: SSPIChannel[Any] = SSPIChannel(stream, make_initiator())
@@ -581,8 +583,8 @@ async def test_a_reset_is_told_by_what_came_before_it_and_a_header_is_never_a_to
         if before:
             ports.append(reset_connection(address, said))
 
-    listen = Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),) if proxied else ())
-    async with serving(listen=listen, before=arrive) as running:
+    proxies = Connections(proxy_from=(ip_network("127.0.0.0/8"),) if proxied else ())
+    async with serving(connections=proxies, before=arrive) as running:
         if not before:
             with socket.create_connection(running.addresses[0]) as client:
                 await running.told.until(lambda: running.told.all("accepted"))
@@ -673,7 +675,7 @@ async def test_sighup_brings_new_accounts_and_limits_and_nobody_who_is_connected
 
     def load() -> Loaded:
         loads.append("read")
-        return Loaded(settings=settings(limits=Limits(max_connections=2)), acceptor=Acceptor(accounts=table))
+        return Loaded(live=settings(limits=Limits(max_connections=2)).live, acceptor=Acceptor(accounts=table))
 
     async with serving(reload=load) as running:
         old = await running.client()
@@ -738,7 +740,7 @@ async def test_nothing_that_a_reload_meets_ends_the_server(
 
     if where == "applying":
         monkeypatch.setattr("triosspi.service.server.configure_logs", apply)
-    good = Loaded(settings=settings(limits=Limits(max_connections=1)), acceptor=make_acceptor())
+    good = Loaded(live=settings(limits=Limits(max_connections=1)).live, acceptor=make_acceptor())
     async with serving(reload=load if where == "reading" else lambda: good) as running:
         await running.server.reload()
         # As it was, and all of it.
@@ -763,7 +765,7 @@ async def test_a_reload_that_hangs_holds_up_nobody_is_given_up_and_does_not_stan
         loads.append(len(loads))
         if len(loads) < 3:
             answers.wait()
-        return Loaded(settings=settings(), acceptor=make_acceptor())
+        return Loaded(live=settings().live, acceptor=make_acceptor())
 
     async with serving(reload=load) as running:
         for _ in range(2):
@@ -821,16 +823,6 @@ async def test_a_signal_to_stop_is_obeyed_while_a_reload_hangs(monkeypatch: pyte
     answers.set()
 
 
-async def test_what_takes_a_restart_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    def load() -> Loaded:
-        other = settings(listen=Listen(hosts=(LOCAL,), port=1), workers=Workers(grace=1.0))
-        return Loaded(settings=other, acceptor=make_acceptor())
-
-    async with serving(reload=load) as running:
-        await running.server.reload()
-    assert "a restart is needed for what has changed in port, grace" in caplog.text
-
-
 @pytest.mark.parametrize("watch", [True, False])
 async def test_a_changed_file_is_a_reason_to_reload_where_that_is_wanted(
     watch: bool, tmp_path: Path, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
@@ -846,10 +838,10 @@ async def test_a_changed_file_is_a_reason_to_reload_where_that_is_wanted(
 
     def load() -> Loaded:
         reloaded.set()
-        return Loaded(settings=settings(reload=Reload(watch_files=watch)), acceptor=make_acceptor(), files=(file,))
+        return Loaded(live=settings().live, acceptor=make_acceptor(), files=(file,) if watch else ())
 
     monkeypatch.setattr(trio.to_thread, "run_sync", inline)
-    async with serving(reload=load, files=(file,)) as running:
+    async with serving(reload=load, files=(file,) if watch else ()) as running:
         await running.server.reload()
         reloaded = trio.Event()
         await trio.sleep(3 * FILES_INTERVAL)

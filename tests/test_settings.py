@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import pickle
 import random
 import re
@@ -14,15 +15,20 @@ import pytest
 
 from triosspi import ConfigurationError
 from triosspi.service.config import cores
-from triosspi.service.config.options import OptionError, Section, options_of
+from triosspi.service.config.options import LiveSection, OptionError, Section, StartSection, options_of
 from triosspi.service.config.settings import (
+    PARTS,
     SECTIONS,
     Accept,
+    Connections,
     Limits,
     Listen,
+    LiveSettings,
     Metrics,
     Serve,
     Settings,
+    StartSettings,
+    Stopping,
     Workers,
     all_options,
     only_by_restart,
@@ -43,14 +49,29 @@ def network(text: str) -> Any:
 # The declarations
 
 
-def test_the_sections_are_the_settings_own_and_no_two_options_have_one_name() -> None:
-    assert [section.section for section in SECTIONS] == list(Settings.__struct_fields__)
-    declared = [option.name for section in SECTIONS for option in options_of(section)]
+def test_the_parts_are_the_settings_own_and_no_two_options_have_one_name() -> None:
+    assert list(PARTS) == list(Settings.__struct_fields__)
+    declared = [option.name for part in PARTS.values() for option in options_of(part)]
     assert len(declared) == len(set(declared)) == len(OPTIONS)
     assert len({option.flag for option in OPTIONS.values()}) == len(OPTIONS)
     settings = Settings()
-    for section in SECTIONS:
-        assert isinstance(getattr(settings, section.section), section)
+    for place, part in PARTS.items():
+        assert isinstance(getattr(settings, place), part)
+    # In the file, a section's options stand together.
+    sections = [option.section for option in OPTIONS.values()]
+    assert list(dict.fromkeys(sections)) == [section for section, _ in itertools.groupby(sections)] == list(SECTIONS)
+
+
+def test_whatever_can_be_set_either_needs_a_restart_or_is_taken_over_and_the_types_say_which() -> None:
+    start, live = set(StartSettings.__struct_fields__), set(LiveSettings.__struct_fields__)
+    assert start | live == set(PARTS)
+    assert not start & live
+    for place, part in PARTS.items():
+        assert issubclass(part, StartSection) is (place in start)
+        assert issubclass(part, LiveSection) is (place in live)
+    settings = Settings(listen=Listen(port=1), stopping=Stopping(grace=7))
+    assert settings.start == StartSettings(listen=Listen(port=1))
+    assert settings.live == LiveSettings(stopping=Stopping(grace=7))
 
 
 @by_option
@@ -80,7 +101,8 @@ def test_flags_and_variables_follow_from_the_name(option: Any) -> None:
 
 def test_settings_are_values_that_can_go_to_another_process() -> None:
     settings = Settings(
-        listen=Listen(unix=(Path("/run/x"),), proxy_from=(network("10.0.0.0/8"), network("fd00::/8"))),
+        listen=Listen(unix=(Path("/run/x"),)),
+        connections=Connections(proxy_from=(network("10.0.0.0/8"), network("fd00::/8"))),
         limits=Limits(max_unauthenticated=MaxStartups(1, 2, 3)),
         metrics=Metrics(metrics=("::1", 1)),
     )
@@ -105,9 +127,9 @@ def test_settings_are_values_that_can_go_to_another_process() -> None:
         (Listen, {"hosts": (1,)}),
         (Listen, {"unix": ("socket",)}),
         (Listen, {"unix_mode": 0o1777}),
-        (Listen, {"keepalive": 0.5}),
-        (Listen, {"proxy_from": ("10.0.0.0/8",)}),
-        (Listen, {"proxy_from": network("10.0.0.0/8")}),
+        (Connections, {"keepalive": 0.5}),
+        (Connections, {"proxy_from": ("10.0.0.0/8",)}),
+        (Connections, {"proxy_from": network("10.0.0.0/8")}),
         (Serve, {"wire": "raw"}),
         (Serve, {"max_message_size": 0}),
         (Serve, {"max_message_size": 2**32}),
@@ -123,7 +145,7 @@ def test_settings_are_values_that_can_go_to_another_process() -> None:
         (Limits, {"max_session_bytes": 0.5}),
         (Workers, {"workers": "auto"}),
         (Workers, {"workers": 0}),
-        (Workers, {"grace": -1}),
+        (Stopping, {"grace": -1}),
         (Metrics, {"metrics": "127.0.0.1:1"}),
         (Metrics, {"metrics": ("127.0.0.1", "1")}),
     ],
@@ -140,9 +162,10 @@ def test_a_section_refuses_what_cannot_be_when_it_is_made(section: type[Section]
     ("section", "values"),
     [
         (Limits, {"handshake_timeout": 1, "max_session_bytes": 2**40, "max_connections_per_source": 1}),
-        (Listen, {"keepalive": None, "backlog": 1, "port": 0, "unix_mode": 0}),
+        (Connections, {"keepalive": None}),
+        (Listen, {"backlog": 1, "port": 0, "unix_mode": 0}),
         (Accept, {"allow": (), "accounts": Path("x"), "keytab": "FILE:x"}),
-        (Workers, {"grace": 0}),
+        (Stopping, {"grace": 0}),
     ],
 )
 def test_what_may_be_is_kept_as_it_is(section: type[Section], values: dict[str, Any]) -> None:
@@ -358,12 +381,12 @@ def test_an_option_error_is_a_configuration_error() -> None:
 
 
 def test_what_only_a_restart_can_change_is_known() -> None:
-    old = Settings()
+    old = Settings().start
     new = Settings(
         listen=Listen(port=1), limits=Limits(idle_timeout=1), accept=Accept(deny=("x",)), serve=Serve(wire="framed")
     )
-    assert only_by_restart(old, new) == ["wire", "port"]
-    assert only_by_restart(old, Settings()) == []
+    assert only_by_restart(old, new.start) == ["wire", "port"]
+    assert only_by_restart(old, Settings().start) == []
 
 
 # Cores

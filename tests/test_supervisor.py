@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ import trio.testing
 
 from triosspi import ConfigurationError
 from triosspi.service.observe.notify import Notifier
-from triosspi.service.workers.processes import Process, Timing
+from triosspi.service.workers.processes import Process, Timing, Work
 from triosspi.service.workers.supervisor import Pauses, Supervisor
-from triosspi.service.workers.worker_link import Plan, WorkerLink
+from triosspi.service.workers.worker_link import Plan, Update, WorkerLink
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 
@@ -90,7 +91,7 @@ async def serving(worker: Worker) -> None:
 
     def reload() -> None:
         worker.told.append("reload")
-        worker.link.reloaded()
+        worker.link.reloaded(worker.link.newest.generation)
 
     worker.link.on_reload = reload
     async with trio.open_nursery() as nursery:
@@ -185,6 +186,7 @@ async def scene(
     *lives: Any,
     places: int = 2,
     timing: Timing = TIMING,
+    grace: float = 30.0,
     started: Callable[[], object] | None = None,
     **options: Any,
 ) -> AsyncIterator[Scene]:
@@ -204,14 +206,21 @@ async def scene(
                 assert (*given.listeners, *([] if given.board is None else [given.board])) == tuple(listeners)
                 assert given.listeners == (sock.fileno(),)
                 assert given.contested == (given.listeners if places > 1 else ())
-                end = WorkerLink(socket.socket(fileno=os.dup(link)), heartbeat=1.0, max_sessions=given.max_sessions)
+                end = WorkerLink(
+                    socket.socket(fileno=os.dup(link)), given.update, heartbeat=1.0, max_sessions=given.max_sessions
+                )
                 worker = Worker(given, end)
                 it.workers.append(worker)
                 processes.start_soon(worker.live, life)
                 return worker
 
             it.supervisor = Supervisor(
-                [[sock]] * places, b"what", timing=timing, notifier=it.notifier, spawn=spawn, **options
+                [[sock]] * places,
+                Work(service=b"what", grace=grace),
+                timing=timing,
+                notifier=it.notifier,
+                spawn=spawn,
+                **options,
             )
             nursery.start_soon(it.run, started)
             yield it
@@ -247,7 +256,7 @@ async def test_it_is_ready_when_all_workers_are(autojump_clock: trio.testing.Moc
         assert "READY=1" in it.notifier.told
         assert it.notifier.told[-1] == "STATUS=2 of 2 workers ready"
         assert [worker.plan.number for worker in it.workers] == [1, 2]
-        assert {worker.plan.service for worker in it.workers} == {b"what"}
+        assert {worker.plan.update for worker in it.workers} == {Update(service=b"what")}
 
 
 async def test_the_reason_of_a_worker_that_cannot_start_is_the_starts(autojump_clock: trio.testing.MockClock) -> None:
@@ -413,7 +422,9 @@ async def test_a_supervisor_that_was_stopped_itself_takes_nobody_for_silent(
         assert it.workers[0].told == ["SIGQUIT", "SIGKILL"]
 
 
-@pytest.mark.parametrize("nonsense", [b"\n", b"x\n", b'{"state":"ready","sessions":-1}\n', b"[" * 100_000, b"{" * 9000])
+@pytest.mark.parametrize(
+    "nonsense", [b"\n", b"x\n", b'{"state":"ready","sessions":-1}\n', b"[" * 100_000, b"{" * 20_000]
+)
 async def test_a_worker_that_talks_nonsense_is_killed(nonsense: bytes, autojump_clock: trio.testing.MockClock) -> None:
     async def raving(worker: Worker) -> None:
         worker.link.ready()
@@ -567,7 +578,7 @@ async def test_to_stop_is_to_let_all_finish(autojump_clock: trio.testing.MockClo
 async def test_whoever_does_not_finish_in_the_grace_and_a_little_is_killed(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with scene(deaf, timing=Timing(grace=10, margin=3)) as it:
+    async with scene(deaf, timing=Timing(margin=3), grace=10) as it:
         await it.started.wait()
         start = trio.current_time()
         it.supervisor.stop()
@@ -666,9 +677,9 @@ async def test_to_reload_is_done_when_all_workers_have_done_it(autojump_clock: t
         async with trio.open_nursery() as nursery:
             nursery.start_soon(deaf, worker)
             await slow.wait()
-            worker.link.reloaded()
+            worker.link.reloaded(worker.link.newest.generation)
 
-    new = [b"new"]
+    new = [Work(service=b"new")]
     async with scene(reading, reload=new.pop) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
@@ -681,13 +692,117 @@ async def test_to_reload_is_done_when_all_workers_have_done_it(autojump_clock: t
         # And whoever comes later has the new one from the beginning.
         it.workers[1].end(1)
         await trio.sleep(1)
-        assert it.workers[2].plan.service == b"new"
+        assert it.workers[2].plan.update == Update(generation=1, service=b"new")
+
+
+async def test_requests_to_reload_that_come_together_do_not_make_later_ones_late(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    count = itertools.count(1)
+    async with scene(reload=lambda: Work(service=b"%d" % next(count))) as it:
+        await it.started.wait()
+        for _ in range(5):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGHUP)
+            start = trio.current_time()
+            await settle()
+            assert it.notifier.states[-2:] == ["RELOADING=1", "READY=1"]
+            assert trio.current_time() - start < 1
+            newest = [worker.link.newest for worker in it.workers]
+            assert newest[0] == newest[1]
+        assert newest[0].generation == int(newest[0].service) > 1
+    assert "not reloaded" not in caplog.text
+
+
+async def test_what_a_worker_cannot_use_is_told_with_its_reason_and_the_others_have_it(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    async def refusing(worker: Worker) -> None:
+        worker.link.on_reload = lambda: worker.link.reloaded(worker.link.newest.generation, "no\naccounts")
+        await deaf(worker)
+
+    async with scene(refusing, serving, reload=lambda: Work(service=b"new")) as it:
+        await it.started.wait()
+        start = trio.current_time()
+        signal.raise_signal(signal.SIGHUP)
+        await settle()
+        assert it.notifier.states == ["READY=1", "RELOADING=1", "READY=1"]
+        assert trio.current_time() - start < 1
+        assert [worker.report.generation for worker in it.supervisor.workers] == [0, 1]
+    assert f"worker 1 (process {it.workers[0].pid}) keeps the configuration that it has: no accounts" in caplog.text
+
+
+async def test_a_worker_that_does_not_read_has_the_newest_and_no_half_of_it_when_it_reads_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    reads = trio.Event()
+
+    async def busy(worker: Worker) -> None:
+        # Its heart beats, and it is told to reload until there is no room.
+        worker.link._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        worker.link.ready()
+        while not reads.is_set():
+            worker.link._tell()
+            await trio.sleep(0.5)
+        await serving(worker)
+
+    count = itertools.count(1)
+    async with scene(busy, places=1, reload=lambda: Work(service=b"%d" % next(count) * 100_000)) as it:
+        await it.started.wait()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(300):
+            signal.raise_signal(signal.SIGHUP)
+            await trio.sleep(6)
+        assert len(os.listdir("/proc/self/fd")) == before
+        reads.set()
+        await trio.sleep(3)
+        (worker,) = it.supervisor.workers
+        assert worker.report.generation == 300
+        assert it.workers[0].link.newest.service == b"300" * 100_000
+
+
+async def test_the_supervisor_takes_over_its_own_part_and_waits_as_long_as_the_worker_may_take(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def refusing(worker: Worker) -> None:
+        worker.link.on_reload = lambda: worker.link.reloaded(worker.link.newest.generation, "no")
+        await deaf(worker)
+
+    async def taking(worker: Worker) -> None:
+        worker.link.on_reload = lambda: worker.link.reloaded(worker.link.newest.generation)
+        await deaf(worker)
+
+    taken: list[str] = []
+    new = Work(service=b"new", grace=600, taken_over=lambda: taken.append("here, too"))
+    async with scene(refusing, taking, timing=Timing(margin=3), grace=10, reload=lambda: new) as it:
+        await it.started.wait()
+        signal.raise_signal(signal.SIGHUP)
+        await settle()
+        assert taken == ["here, too"]
+        start = trio.current_time()
+        it.supervisor.stop()
+        await it.over.wait()
+        ends = [worker.died - start for worker in it.workers if worker.died is not None]
+        assert ends == pytest.approx([13, 603], abs=0.1)
+
+
+async def test_the_supervisor_watches_the_files_for_all(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    file = tmp_path / "triosspi.toml"
+    file.write_text("one")
+    async with scene(reload=lambda: Work(service=b"new", files=(file,))) as it:
+        await it.started.wait()
+        signal.raise_signal(signal.SIGHUP)
+        await trio.sleep(10)
+        assert [worker.told for worker in it.workers] == [["reload"]] * 2
+        file.write_text("two, and longer")
+        await trio.sleep(10)
+        assert [worker.told for worker in it.workers] == [["reload"] * 2] * 2
 
 
 async def test_a_configuration_that_cannot_be_is_told_to_nobody(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    def broken() -> bytes:
+    def broken() -> Work:
         raise ConfigurationError("triosspi.toml: limits.max_conections: no such key")
 
     async with scene(reload=broken) as it:
@@ -698,14 +813,14 @@ async def test_a_configuration_that_cannot_be_is_told_to_nobody(
         assert [worker.told for worker in it.workers] == [[]] * 2
         it.workers[1].end(1)
         await trio.sleep(1)
-        assert it.workers[2].plan.service == b"what"
+        assert it.workers[2].plan.update == Update(service=b"what")
     assert "the old configuration stays: triosspi.toml: limits.max_conections: no such key" in caplog.text
 
 
 async def test_a_worker_that_does_not_answer_delays_a_reload_but_for_a_while(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with scene(deaf, serving, reload=lambda: b"new") as it:
+    async with scene(deaf, serving, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         start = trio.current_time()
         signal.raise_signal(signal.SIGHUP)
@@ -714,11 +829,11 @@ async def test_a_worker_that_does_not_answer_delays_a_reload_but_for_a_while(
         await trio.sleep(0.2)
         assert it.notifier.states == ["READY=1", "RELOADING=1", "READY=1"]
         assert trio.current_time() - start < 6
-    assert "not all workers have reloaded after 5 s" in caplog.text
+    assert "not reloaded after 5 s: worker 1 (process " in caplog.text
 
 
 async def test_a_worker_that_dies_does_not_delay_a_reload(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1, reload=lambda: b"new") as it:
+    async with scene(deaf, places=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -734,7 +849,7 @@ async def test_a_worker_that_is_starting_reloads_when_it_has_started(autojump_cl
         await began.wait()
         await serving(worker)
 
-    async with scene(dying_after(100), late, places=1, reload=lambda: b"new") as it:
+    async with scene(dying_after(100), late, places=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         await trio.sleep(101)
         signal.raise_signal(signal.SIGHUP)
@@ -755,7 +870,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
         await began.wait()
         await serving(worker)
 
-    async with scene(late, places=1, reload=lambda: b"new") as it:
+    async with scene(late, places=1, reload=lambda: Work(service=b"new")) as it:
         await settle()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -766,7 +881,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
 
 
 async def test_to_stop_ends_a_reload_that_nobody_answers(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1, reload=lambda: b"new") as it:
+    async with scene(deaf, places=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -780,7 +895,7 @@ async def test_to_stop_ends_a_reload_that_nobody_answers(autojump_clock: trio.te
 async def test_nothing_that_a_reload_meets_ends_the_service(
     error: Exception, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    def broken() -> bytes:
+    def broken() -> Work:
         raise error
 
     async with scene(reload=broken) as it:
@@ -802,7 +917,7 @@ async def test_a_reload_that_hangs_holds_up_neither_the_service_nor_its_end(
         await trio.sleep_forever()
 
     monkeypatch.setattr(trio.to_thread, "run_sync", hang)
-    async with scene(watchdog=4.0, reload=lambda: b"new") as it:
+    async with scene(watchdog=4.0, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await trio.sleep(20)

@@ -20,11 +20,15 @@ from triosspi.service.workers.worker_link import (
     Plan,
     Report,
     State,
+    Update,
     WorkerLink,
     take_descriptors,
 )
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+
+
+UPDATE = Update(service=b"what")
 
 
 class Supervisor:
@@ -52,6 +56,10 @@ class Supervisor:
         for order in orders:
             self.sock.send(order.value)
 
+    def reload(self, update: Update) -> None:
+        with update.file() as file:
+            socket.send_fds(self.sock, [Order.RELOAD.value], [file.fileno()])
+
 
 @pytest.fixture
 def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -67,7 +75,7 @@ def supervisor(sockets: tuple[socket.socket, socket.socket]) -> Supervisor:
 
 @pytest.fixture
 def link(sockets: tuple[socket.socket, socket.socket]) -> WorkerLink:
-    return WorkerLink(sockets[1], heartbeat=1.0, max_sessions=3)
+    return WorkerLink(sockets[1], UPDATE, heartbeat=1.0, max_sessions=3)
 
 
 @asynccontextmanager
@@ -90,7 +98,9 @@ async def running(link: WorkerLink) -> AsyncIterator[list[str]]:
 
 
 def test_a_plan_survives_its_way_and_is_nowhere_on_a_disk() -> None:
-    plan = Plan(number=2, listeners=(5, 6), service=bytes(range(256)), max_sessions=7, alarm=60.0)
+    plan = Plan(
+        number=2, listeners=(5, 6), update=Update(generation=3, service=bytes(range(256))), max_sessions=7, alarm=60.0
+    )
     with plan.file() as file:
         assert "memfd" in os.readlink(f"/proc/self/fd/{file.fileno()}")
         assert Plan.take(os.dup(file.fileno())) == plan
@@ -129,8 +139,14 @@ async def test_heartbeats_come_from_the_event_loop_and_say_all_there_is(
         assert supervisor.heard() == [Report(state=State.READY)]
         await trio.sleep(3.5)
         assert supervisor.heard() == [Report(state=State.READY, sessions=1)] * 3
-        link.reloaded()
-        assert supervisor.heard() == [Report(state=State.READY, sessions=1, reloads=1)]
+        link.reloaded(1)
+        link.reloaded(2, "the accounts\n  are not there " + "x" * 10_000)
+        told, refusal = supervisor.heard()
+        assert told == Report(state=State.READY, sessions=1, generation=1)
+        assert (refusal.generation, refusal.refused) == (1, 2)
+        assert refusal.refusal is not None
+        assert refusal.refusal.startswith("the accounts are not there xxx")
+        assert len(refusal.refusal) == LONGEST_FAILURE
 
 
 async def test_the_session_with_which_it_is_outworn_is_told_at_once(link: WorkerLink, supervisor: Supervisor) -> None:
@@ -181,14 +197,14 @@ async def test_a_line_that_was_cut_by_a_full_buffer_is_completed_before_the_next
 
     ours, theirs = socket.socketpair()
     with ours, Narrow(fileno=theirs.detach()) as narrow:
-        supervisor, link = Supervisor(ours), WorkerLink(narrow)
-        for room in (10, 0, 5, 3, 1000, 0, 70, 1, 1000):
+        supervisor, link = Supervisor(ours), WorkerLink(narrow, UPDATE)
+        for number, room in enumerate((10, 0, 5, 3, 1000, 0, 70, 1, 1000), 1):
             narrow.room = room
-            link.reloaded()
+            link.reloaded(number)
         told = supervisor.heard()
         assert supervisor.rest == b""
-        assert told[-1].reloads == 9
-        assert [report.reloads for report in told] == sorted({report.reloads for report in told})
+        assert told[-1].generation == 9
+        assert [report.generation for report in told] == sorted({report.generation for report in told})
 
 
 # What it is told
@@ -199,6 +215,22 @@ async def test_an_order_to_go_is_passed_on_once(link: WorkerLink, supervisor: Su
         supervisor.say(Order.RELOAD, Order.DRAIN, Order.DRAIN, Order.RELOAD)
         await trio.testing.wait_all_tasks_blocked()
         assert asked == ["reload", "go", "reload"]
+
+
+async def test_an_order_to_reload_brings_what_to_serve_and_leaves_no_descriptor(
+    link: WorkerLink, supervisor: Supervisor
+) -> None:
+    async with running(link) as asked:
+        before = len(os.listdir("/proc/self/fd"))
+        assert link.newest == UPDATE
+        # Several may come before one look at the link, with other orders between them.
+        for number in range(1, 20):
+            supervisor.reload(Update(generation=number, service=b"x" * 1_000_000))
+            supervisor.say(Order.RELOAD)
+        await trio.testing.wait_all_tasks_blocked()
+        assert link.newest.generation == 19
+        assert asked == ["reload"] * 38
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_an_order_to_go_means_nothing_to_a_worker_that_goes_already(
@@ -254,7 +286,7 @@ async def test_unread_reports_at_the_supervisors_death_change_nothing(link: Work
 async def test_orders_are_signals_to_a_server_that_knows_nothing_of_links(supervisor: Supervisor) -> None:
     theirs, ours = socket.socketpair()
     with ours, theirs:
-        link = WorkerLink(theirs)
+        link = WorkerLink(theirs, UPDATE)
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         with trio.open_signal_receiver(*numbers) as signals:
             async with trio.open_nursery() as nursery:
@@ -273,11 +305,11 @@ async def test_orders_are_signals_to_a_server_that_knows_nothing_of_links(superv
 
 STANDS_STILL = """
 import socket, sys, threading, trio
-from triosspi.service.workers.worker_link import WorkerLink
+from triosspi.service.workers.worker_link import Update, WorkerLink
 
 async def main():
     ours, theirs = socket.socketpair()
-    link = WorkerLink(theirs, heartbeat=0.01, alarm=0.2)
+    link = WorkerLink(theirs, Update(service=b""), heartbeat=0.01, alarm=0.2)
     link.on_parent_gone = lambda: None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(link.run)

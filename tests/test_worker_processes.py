@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,15 +21,15 @@ import stub_worker
 from programs import PATIENCE, Running, running, terminal
 from stub_worker import Stub, listen, make_supervisor
 from triosspi import ConfigurationError
-from triosspi.service.workers.processes import Timing, spawn
+from triosspi.service.workers.processes import Timing, Work, spawn
 from triosspi.service.workers.supervisor import Supervisor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 
 #: Of workers that do well: nobody is killed because the machine is busy.
-PATIENT = Timing(heartbeat=0.05, start=PATIENCE, heartbeat_timeout=PATIENCE, grace=PATIENCE, first_pause=0.01)
+PATIENT = Timing(heartbeat=0.05, start=PATIENCE, heartbeat_timeout=PATIENCE, first_pause=0.01)
 #: Of workers that do not.
-STRICT = Timing(heartbeat=0.05, start=PATIENCE, heartbeat_timeout=2.0, grace=0.2, margin=0.2, first_pause=0.01)
+STRICT = Timing(heartbeat=0.05, start=PATIENCE, heartbeat_timeout=2.0, margin=0.2, first_pause=0.01)
 SERVE = (sys.executable, stub_worker.__file__)
 
 
@@ -70,12 +71,15 @@ async def until(condition: Callable[[], object]) -> None:
 
 @asynccontextmanager
 async def serving(
-    stub: Stub, number: int = 2, *, timing: Timing = PATIENT, shared: bool = True, **options: object
+    stub: Stub, number: int = 2, *, timing: Timing = PATIENT, shared: bool = True, **options: Any
 ) -> AsyncIterator[Service]:
     """A supervisor that has started; stopped in the end, and nothing may be left of it."""
     before = descriptors(os.getpid())
     places = listen(number, shared=shared)
-    service = Service(make_supervisor(stub, places, timing=timing, **options), places)
+    service = Service(
+        make_supervisor(stub, places, timing=timing, **{"grace": 0.2 if timing is STRICT else PATIENCE, **options}),
+        places,
+    )
     started = trio.Event()
 
     async def run() -> None:
@@ -281,7 +285,7 @@ async def test_the_start_fails_when_a_worker_is_never_ready(stub: Stub) -> None:
 
 
 async def test_a_program_that_cannot_be_started_is_a_plain_error() -> None:
-    supervisor = Supervisor(listen(2), b"", spawn=partial(spawn, ["/nowhere/at/all"]))
+    supervisor = Supervisor(listen(2), Work(service=b""), spawn=partial(spawn, ["/nowhere/at/all"]))
     before = descriptors(os.getpid())
     with pytest.raises(ConfigurationError, match="^cannot start worker 1: No such file or directory$"):
         await supervisor.run()

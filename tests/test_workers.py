@@ -221,6 +221,50 @@ async def test_sighup_reaches_every_worker_and_a_broken_configuration_changes_no
         assert len(await ask_until(port, lambda answered: len(answered) == 2)) == 2
 
 
+async def test_a_worker_that_is_replaced_serves_by_what_was_reloaded_last_and_not_by_what_lies_on_the_disk(
+    folder: Path,
+) -> None:
+    config = folder / "triosspi.toml"
+    config.write_text("[limits]\npenalties = false\n")
+    with serving(folder, "--config", "triosspi.toml") as program:
+        port = program.expect_port()
+        # Edited, and not reloaded; and then with a typo.
+        for text in ('[accept]\ndeny = ["DOM\\\\alice"]\n', "[limits]\nmax_conections = 5\n", "x = " + "[" * 9999):
+            config.write_text(text)
+            before = set(workers_of(program.process.pid))
+            os.kill(min(before), signal.SIGKILL)
+            answered = await ask_until(port, lambda answered, old=before: len(answered - old) == 1)  # type: ignore[misc]
+            assert min(before) not in answered
+        config.write_text('[accept]\ndeny = ["DOM\\\\alice"]\n[limits]\npenalties = false\n')
+        for _ in range(3):
+            program.process.send_signal(signal.SIGHUP)
+        program.expect("(?s)(the configuration was read again.*){2}", "err")
+        for _ in range(10):
+            with pytest.raises(trio.BrokenResourceError):
+                await ask(port)
+        assert program.stop() == 0
+    assert "not reloaded" not in program.err
+    assert "Traceback" not in program.err
+
+
+async def test_a_file_that_changes_reaches_every_worker_by_the_supervisor(folder: Path) -> None:
+    config = folder / "triosspi.toml"
+    config.write_text("[reload]\nwatch_files = true\n")
+    with serving(folder, "--config", "triosspi.toml") as program:
+        port = program.expect_port()
+        text = '[reload]\nwatch_files = true\n[accept]\ndeny = ["DOM\\\\alice"]\n[limits]\npenalties = false\n'
+        with trio.fail_after(PATIENCE):
+            # It has begun to watch at some moment after its start.
+            while "has changed" not in program.err:
+                config.write_text(text := f"{text}#\n")
+                await trio.sleep(0.05)
+        program.expect("(?s)(the configuration was read again.*){2}", "err")
+        for _ in range(10):
+            with pytest.raises(trio.BrokenResourceError):
+                await ask(port)
+        assert program.stop() == 0
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_a_reload_that_hangs_holds_up_neither_clients_nor_the_end(folder: Path, workers: str) -> None:
     config = folder / "triosspi.toml"

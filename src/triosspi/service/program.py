@@ -24,7 +24,7 @@ from .config.assembly import choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
 from .config.fitting import UNPROXIED, fitted, misfits
 from .config.options import OptionError
-from .config.settings import Limits, Settings
+from .config.settings import Connections, Limits, Listen, LiveSettings, Settings, StartSettings, only_by_restart
 from .demo import DemoAccount
 from .network.listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
 from .network.unix_sockets import UNIX
@@ -36,7 +36,7 @@ from .observe.telemetry import Telemetry
 from .reasons import only_configuration_errors
 from .server import BEAT, Loaded, Server
 from .transcript import Transcript
-from .workers.processes import Timing
+from .workers.processes import Timing, Work
 from .workers.supervisor import Supervisor
 from .workers.worker_link import WorkerLink
 
@@ -50,62 +50,73 @@ Started = Callable[[list[trio.SocketListener]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is run. The supervisor pickles it for its workers.
+    """What is run.
 
     Attributes:
-      sources: what the configuration is read from, at the start and at each reload.
+      start: what it is started with, for good.
+      sources: what the rest is read from again at each reload.
       demo: who may log in by NTLM where the configuration names nobody.
-      share: of so many processes this is one, and may take that part of what all connections together may.
       descriptors: how many files each process may open; None: as many as it likes.
     """
 
+    start: StartSettings
     sources: Sources
     demo: DemoAccount | None = None
-    share: int = 1
     descriptors: int | None = None
-
-    def load(self, *, tell: bool = False) -> Loaded:
-        """Read the configuration, and make of it what is needed.
-
-        Args:
-          tell: log what of it does not fit.
-
-        Raises:
-          ConfigurationError: something in it is wrong, or a file that it names.
-        """
-        configuration = self.sources.load()
-        try:
-            loaded = self.make(configuration)
-        except OptionError as exc:
-            raise ConfigurationError(configuration.explain(exc)) from None
-        if tell:
-            self.tell_misfits(configuration.settings)
-        return loaded
 
     def tell_misfits(self, settings: Settings) -> None:
         """Log what of the settings does not fit."""
         for misfit in misfits(settings, self.descriptors):
             log.warning("%s", misfit)
 
-    def make(self, configuration: Configuration) -> Loaded:
-        """The same of a configuration that was read already.
+    def make(self, configuration: Configuration, *, share: int = 1) -> Loaded:
+        """Make of a configuration that was read what is needed to serve with it.
+
+        Args:
+          configuration: of which only the live part is looked at.
+          share: of so many processes this is one, and may take that part of what all connections together may.
 
         Raises:
           OptionError: two options do not go together.
           ConfigurationError: a file that it names is wrong.
         """
-        return only_configuration_errors("what the configuration names", self._make, configuration)
+        return only_configuration_errors("what the configuration names", self._make, configuration, share)
 
-    def _make(self, configuration: Configuration) -> Loaded:
-        settings = configuration.settings
+    def _make(self, configuration: Configuration, share: int) -> Loaded:
+        live = configuration.settings.live
         return Loaded(
-            settings=msgspec.structs.replace(
-                settings, limits=fitted(_part(settings.limits, self.share), self.descriptors)
-            ),
-            acceptor=make_acceptor(settings.accept, None if self.demo is None else self.demo.table()),
-            impersonation=make_impersonation(settings.impersonation),
-            files=tuple(_files(settings, self.sources)),
+            live=msgspec.structs.replace(live, limits=fitted(_part(live.limits, share), self.descriptors)),
+            acceptor=make_acceptor(live.accept, None if self.demo is None else self.demo.table()),
+            impersonation=make_impersonation(self.start.impersonation, live.local_accounts),
+            files=_files(live, self.sources),
         )
+
+    def make_again(self, configuration: Configuration, *, share: int = 1) -> Loaded:
+        """The same where nobody else explains what is wrong.
+
+        Raises:
+          ConfigurationError: something in it is, or in a file that it names.
+        """
+        try:
+            return self.make(configuration, share=share)
+        except OptionError as exc:
+            raise ConfigurationError(configuration.explain(exc)) from None
+
+    def read_again(self) -> Configuration:
+        """Read the configuration; say what of it only a restart would bring.
+
+        Raises:
+          ConfigurationError: something in it is wrong.
+        """
+        configuration = self.sources.load()
+        if names := only_by_restart(self.start, configuration.settings.start):
+            log.warning("a restart is needed for what has changed in %s", ", ".join(names))
+        self.tell_misfits(configuration.settings)
+        return configuration
+
+    def reload(self) -> Loaded:
+        """See `Server`."""
+        return self.make_again(self.read_again())
 
     async def serve(
         self,
@@ -116,21 +127,22 @@ class Program:
         make_tracer: Callable[[], Tracer] | None = None,
     ) -> bool:
         """Serve in this process; see `Server.run`."""
-        settings = loaded.settings
-        handler = choose_app(settings)
+        handler = choose_app(self.start)
         # systemd has its sockets open too, and gives what is queued to whom it starts next.
         sole = "LISTEN_FDS" not in os.environ
-        listeners = await open_listeners(settings.listen)
-        _tell_unproxied(settings, listeners)
+        listeners = await open_listeners(self.start.listen)
+        _tell_unproxied(self.start.listen, loaded.live.connections, listeners)
         try:
             health = Health()
-            metrics = None if settings.metrics.metrics is None else Metrics()
+            address = self.start.metrics.metrics
+            metrics = None if address is None else Metrics()
             with ExitStack() as stack:
-                if settings.metrics.metrics is not None and metrics is not None:
-                    _show_status(stack, StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                if address is not None and metrics is not None:
+                    _show_status(stack, StatusServer(address, health, metrics.exposition))
                 telemetry = Telemetry(metrics, health=health)
                 stack.callback(telemetry.close)
                 server = Server(
+                    self.start,
                     loaded,
                     listeners,
                     handler=_announce(handler) if make_tracer is not None else handler,
@@ -139,7 +151,7 @@ class Program:
                     make_tracer=make_tracer,
                     sole=sole,
                     once=once,
-                    reload=partial(self.load, tell=True),
+                    reload=self.reload,
                 )
                 _settle()
                 return await server.run(partial(started, listeners))
@@ -147,55 +159,31 @@ class Program:
             with trio.CancelScope(shield=True):
                 await close_listeners(listeners)
 
-    async def serve_as_worker(
-        self, listeners: Sequence[trio.abc.Listener[trio.SocketStream]], link: WorkerLink
-    ) -> None:
-        """Serve in this process as one of a supervisor's workers."""
-        loaded = self.load()
-        configure_logs(loaded.settings.log.log_level, loaded.settings.log.log_format)
-        telemetry = Telemetry(None if loaded.settings.metrics.metrics is None else Metrics(worker=True))
-        server = Server(
-            loaded,
-            listeners,
-            handler=choose_app(loaded.settings),
-            telemetry=telemetry,
-            # The service manager hears the supervisor.
-            notifier=Notifier(None),
-            reload=self.load,
-            link=link,
-        )
-        _settle()
-        try:
-            await server.run(lambda: None)
-        finally:
-            telemetry.close()
-
-    async def supervise(self, settings: Settings, started: Started) -> None:
+    async def supervise(self, configuration: Configuration, started: Started) -> None:
         """Serve in worker processes, see `Supervisor`."""
-        workers = settings.workers
-        crew = replace(self, share=workers.workers)
+        workers = self.start.workers
         if workers.reuse_port:
-            places = await reuse_port_sockets(settings.listen, workers.workers)
+            places = await reuse_port_sockets(self.start.listen, workers.workers)
         else:
-            places = [await open_listeners(settings.listen)] * workers.workers
+            places = [await open_listeners(self.start.listen)] * workers.workers
         listeners = list(dict.fromkeys(listener for place in places for listener in place))
-        _tell_unproxied(settings, listeners)
+        _tell_unproxied(self.start.listen, configuration.settings.live.connections, listeners)
         try:
             with ExitStack() as stack:
                 health = Health()
                 metrics: WorkerMetrics | None = None
-                if settings.metrics.metrics is not None:
+                if self.start.metrics.metrics is not None:
                     metrics = stack.enter_context(WorkerMetrics())
-                    _show_status(stack, StatusServer(settings.metrics.metrics, health, metrics.exposition))
+                    _show_status(stack, StatusServer(self.start.metrics.metrics, health, metrics.exposition))
                     # Workers count in files, which has to be known to them when they start.
                     os.environ.update(metrics.environment)
                 supervisor = Supervisor(
                     [[listener.socket for listener in place] for place in places],
-                    pickle.dumps(crew),
-                    timing=Timing(grace=workers.grace, heartbeat_timeout=workers.heartbeat_timeout),
+                    self.work(configuration),
+                    timing=Timing(heartbeat_timeout=workers.heartbeat_timeout),
                     max_sessions=workers.max_sessions,
                     notifier=Notifier.from_environment(),
-                    reload=crew.reload_for_workers,
+                    reload=self.reload_for_workers,
                     on_stop=partial(remove_socket_files, listeners),
                     on_end=None if metrics is None else metrics.worker_died,
                 )
@@ -204,11 +192,75 @@ class Program:
             with trio.CancelScope(shield=True):
                 await close_listeners(listeners)
 
-    def reload_for_workers(self) -> bytes:
+    def work(self, configuration: Configuration) -> Work:
+        """What a supervisor has its workers serve by this configuration."""
+        live = configuration.settings.live
+        return Work(
+            service=pickle.dumps(WorkerProgram(program=self, configuration=configuration)),
+            grace=live.stopping.grace,
+            files=_files(live, self.sources),
+            taken_over=partial(configure_logs, live.log.log_level, live.log.log_format),
+        )
+
+    def reload_for_workers(self) -> Work:
         """See `Supervisor`."""
-        # They read it themselves; a broken one is refused here, once, before any of them is told.
-        self.load(tell=True)
-        return pickle.dumps(self)
+        configuration = self.read_again()
+        # A broken one is refused here, once, before any of them is told.
+        self.make_again(configuration)
+        return self.work(configuration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerProgram:
+    """What a worker runs. The supervisor pickles it, at the start and at each reload.
+
+    It has the settings themselves: a worker that read the file would have what is there at that moment, which need not be
+    what the others have, nor be right.
+
+    Attributes:
+      program: what is run.
+      configuration: what the supervisor has read.
+    """
+
+    program: Program
+    configuration: Configuration
+
+    def load(self) -> Loaded:
+        """Make of the settings what is needed; the files that they name are read here.
+
+        Raises:
+          ConfigurationError: one of those is wrong.
+        """
+        return self.program.make_again(self.configuration, share=self.program.start.workers.workers)
+
+    async def serve(self, listeners: Sequence[trio.abc.Listener[trio.SocketStream]], link: WorkerLink) -> None:
+        """Serve in this process as one of a supervisor's workers."""
+        start, loaded = self.program.start, self.load()
+        configure_logs(loaded.live.log.log_level, loaded.live.log.log_format)
+        telemetry = Telemetry(None if start.metrics.metrics is None else Metrics(worker=True))
+        server = Server(
+            start,
+            loaded,
+            listeners,
+            handler=choose_app(start),
+            telemetry=telemetry,
+            # The service manager hears the supervisor.
+            notifier=Notifier(None),
+            reload=lambda: unpickled(link.newest.service).load(),
+            link=link,
+        )
+        _settle()
+        try:
+            await server.run(lambda: None)
+        finally:
+            telemetry.close()
+
+
+def unpickled(service: bytes) -> WorkerProgram:
+    """What a worker is to run."""
+    program = pickle.loads(service)  # noqa: S301 - the supervisor's word, by a descriptor of its own
+    assert isinstance(program, WorkerProgram)
+    return program
 
 
 def _settle() -> None:
@@ -221,11 +273,10 @@ def _settle() -> None:
     gc.freeze()
 
 
-def _tell_unproxied(settings: Settings, listeners: Sequence[trio.SocketListener]) -> None:
+def _tell_unproxied(listen: Listen, connections: Connections, listeners: Sequence[trio.SocketListener]) -> None:
     """Of sockets that systemd has opened, what `misfits` cannot know."""
-    listen = settings.listen
     given = not listen.unix and all(listener.socket.family == UNIX for listener in listeners)
-    if given and listen.proxy_from and not listen.proxy_unix:
+    if given and connections.proxy_from and not connections.proxy_unix:
         log.warning("%s", UNPROXIED)
 
 
@@ -255,15 +306,17 @@ def _part(limits: Limits, share: int) -> Limits:
     )
 
 
-def _files(settings: Settings, sources: Sources) -> list[Path]:
-    """What the configuration comes from and is about, but for the accounts, which are looked at anyway."""
+def _files(live: LiveSettings, sources: Sources) -> tuple[Path, ...]:
+    """What to watch: what the configuration comes from and is about, but for the accounts, which are looked at anyway."""
+    if not live.reload.watch_files:
+        return ()
     found = [] if sources.file is None else [sources.file]
-    if settings.impersonation.account_map is not None:
-        found.append(settings.impersonation.account_map)
-    keytab = settings.accept.keytab
+    if live.local_accounts.account_map is not None:
+        found.append(live.local_accounts.account_map)
+    keytab = live.accept.keytab
     if keytab is not None and (keytab.startswith(_KEYTAB_FILE) or ":" not in keytab):
         found.append(Path(keytab.removeprefix(_KEYTAB_FILE)))
-    return found
+    return tuple(found)
 
 
 def _announce(handler: Handler) -> Handler:

@@ -19,6 +19,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,7 @@ from .._session import Tracer
 from .._tcp import Handler
 from .._wire import WireFormat
 from ..security.credentials import Acceptor
-from .config.settings import Settings, only_by_restart
+from .config.settings import LiveSettings, StartSettings
 from .connection import Service
 from .lifecycle import shutting_down
 from .network.admission import Admission
@@ -57,16 +58,16 @@ _RELOAD_SIGNAL: Final = getattr(signal, "SIGHUP", None)
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A configuration, and what was made of it.
+    """What a running server takes over, and what was made of it.
 
     Attributes:
-      settings: the configuration.
+      live: the settings.
       acceptor: what clients authenticate with.
       impersonation: see `SSPIChannel`.
-      files: what it was read from.
+      files: a change of these is a reason to reload.
     """
 
-    settings: Settings
+    live: LiveSettings
     acceptor: Acceptor
     impersonation: Impersonator | None = None
     files: tuple[Path, ...] = ()
@@ -76,7 +77,8 @@ class Server:
     """One process's connections, its signals and its watches.
 
     Args:
-      loaded: what to serve with.
+      start: what only a restart can change.
+      loaded: the rest that it serves with, until it reloads.
       listeners: bound already; they are closed when the server stops.
       handler: the application.
       telemetry: is told of everything.
@@ -90,6 +92,7 @@ class Server:
 
     def __init__(
         self,
+        start: StartSettings,
         loaded: Loaded,
         listeners: Sequence[trio.abc.Listener[trio.SocketStream]],
         *,
@@ -114,18 +117,18 @@ class Server:
         # Of the first connection, where there is to be one only: None until it has come.
         self._served: bool | None = None
         self._accepting = trio.CancelScope()
-        settings = loaded.settings
+        live = loaded.live
         sessions = Sessions(lambda: self._service.limits, telemetry.traffic)
         self._service = Service(
             handler=handler,
             acceptor=loaded.acceptor,
             impersonation=loaded.impersonation,
-            wire=WireFormat(settings.serve.wire),
-            max_message_size=settings.serve.max_message_size,
-            limits=settings.limits,
-            keepalive=settings.listen.keepalive,
-            proxies=ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix),
-            admission=Admission(settings.limits, clock=time.monotonic, random=random.SystemRandom()),
+            wire=WireFormat(start.serve.wire),
+            max_message_size=start.serve.max_message_size,
+            limits=live.limits,
+            keepalive=live.connections.keepalive,
+            proxies=ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix),
+            admission=Admission(live.limits, clock=time.monotonic, random=random.SystemRandom()),
             sessions=sessions,
             telemetry=telemetry,
             make_tracer=make_tracer,
@@ -153,6 +156,7 @@ class Server:
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
+                    self._link.on_reload = partial(self.ask_to_reload, "the supervisor")
                     self._link.count_connections(self._count_connections)
                     self._watches.start_soon(self._link.run)
                 async with trio.open_nursery() as self._connections:
@@ -198,7 +202,8 @@ class Server:
         return self._service.admission.pending + self._service.admission.established
 
     def _watched_files(self) -> tuple[Path, ...]:
-        return self._loaded.files if self._loaded.settings.reload.watch_files else ()
+        # With a supervisor it is that one who watches, or each worker would have a configuration of its own.
+        return self._loaded.files if self._link is None else ()
 
     def _files_changed(self) -> None:
         self.ask_to_reload("a file of the configuration has changed")
@@ -233,31 +238,32 @@ class Server:
         if self._reading is None:
             return
         self._notifier.reloading()
+        # Another may come while this one is read.
+        generation = None if self._link is None else self._link.newest.generation
+        problem: str | None = None
         try:
             loaded = await self._reading.read()
             only_configuration_errors("the configuration", self._apply, loaded)
         except ConfigurationError as exc:
+            problem = str(exc)
             log.error("the configuration stays as it was: %s", exc)  # noqa: TRY400 - a clear one-line error
         else:
             log.info("the configuration was read again")
         if not self._stopping:
             self._notifier.ready()
-        if self._link is not None:
-            self._link.reloaded()
+        if self._link is not None and generation is not None:
+            self._link.reloaded(generation, problem)
 
     def _apply(self, loaded: Loaded) -> None:
-        old, settings = self._loaded.settings, loaded.settings
-        service = self._service
+        service, live = self._service, loaded.live
         # What may fail comes first: all of it is taken over, or nothing.
-        proxies = ProxyProtocol(settings.listen.proxy_from, unix=settings.listen.proxy_unix)
-        configure_logs(settings.log.log_level, settings.log.log_format)
+        proxies = ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix)
+        configure_logs(live.log.log_level, live.log.log_format)
         service.acceptor, service.impersonation = loaded.acceptor, loaded.impersonation
-        service.limits = settings.limits
-        service.admission.reconfigure(settings.limits)
-        service.keepalive = settings.listen.keepalive
+        service.limits = live.limits
+        service.admission.reconfigure(live.limits)
+        service.keepalive = live.connections.keepalive
         service.proxies = proxies
-        if names := only_by_restart(old, settings):
-            log.warning("a restart is needed for what has changed in %s", ", ".join(names))
         self._loaded = loaded
 
     # Stopping
@@ -292,7 +298,7 @@ class Server:
                 listener.socket.close()
 
     async def _cancel_after_grace(self) -> None:
-        grace = self._loaded.settings.workers.grace
+        grace = self._loaded.live.stopping.grace
         await trio.sleep(grace)
         log.warning("%d sessions have not ended within %g s: cancelled", len(self._service.sessions), grace)
         self._connections.cancel_scope.cancel()

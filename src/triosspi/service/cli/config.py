@@ -167,9 +167,9 @@ def check_config(context: click.Context, /, **_values: object) -> None:
         log.warning("%s", misfit)
     errors = []
     for check in (
-        partial(choose_app, settings),
+        partial(choose_app, settings.start),
         partial(make_acceptor, settings.accept, demo),
-        partial(make_account_map, settings.impersonation),
+        partial(make_account_map, settings.impersonation, settings.local_accounts),
     ):
         try:
             only_configuration_errors("what the configuration names", check)
@@ -184,9 +184,9 @@ def check_config(context: click.Context, /, **_values: object) -> None:
 def describe(configuration: Configuration) -> Iterator[str]:
     """The effective options as TOML, each with where it came from."""
     for section in SECTIONS:
-        yield f"[{section.section}]"
+        yield f"[{section}]"
         for option in all_options().values():
-            if option.section != section.section:
+            if option.section != section:
                 continue
             value = configuration.settings.get(option)
             shown = option.show(value)

@@ -65,17 +65,17 @@ def serve(context: click.Context, /, *, once: bool, verbose: bool, dump_tokens: 
         raise click.UsageError("--once, --verbose and --dump-tokens are for one process: add --workers 1", context)
     demo = DemoAccount.make() if needs_demo_account(settings.accept) else None
     raise_descriptor_limit()
-    program = Program(sources=configuration.sources, demo=demo, descriptors=descriptor_limit())
+    program = Program(start=settings.start, sources=configuration.sources, demo=demo, descriptors=descriptor_limit())
     try:
         # Whatever is wrong with it is to be told now, and where it was given; a worker could only die of it.
-        choose_app(settings)
+        choose_app(settings.start)
         loaded = program.make(configuration)
     except OptionError as exc:
         raise explained(configuration, exc, context) from None
     program.tell_misfits(settings)
     started = partial(_print_started, settings.serve, demo, transcript=verbose or dump_tokens)
     if several:
-        trio.run(program.supervise, settings, started)
+        trio.run(program.supervise, configuration, started)
         return 0
     make_tracer = partial(Transcript, _write, dump_tokens=dump_tokens) if verbose or dump_tokens else None
     served = trio.run(partial(program.serve, loaded, started, once=once, make_tracer=make_tracer))

@@ -13,7 +13,7 @@ from ...security.credentials import Acceptor, Mechanism
 from ...security.sealers import NTLM_TRAILER_SIZE
 from ..apps import SAMPLE_MESSAGE, Greet, echo, load_app
 from .options import OptionError
-from .settings import Accept, Impersonate, Serve, Settings
+from .settings import Accept, Impersonate, LocalAccounts, Serve, StartSettings
 
 _WINDOWS = sys.platform == "win32"
 
@@ -57,7 +57,7 @@ def make_acceptor(accept: Accept, demo: AccountSource | None = None) -> Acceptor
     )
 
 
-def make_account_map(impersonate: Impersonate) -> AccountMap | None:
+def make_account_map(impersonate: Impersonate, accounts: LocalAccounts) -> AccountMap | None:
     """Who is impersonated as whom, or None where nobody is. Reads the file.
 
     Raises:
@@ -65,19 +65,19 @@ def make_account_map(impersonate: Impersonate) -> AccountMap | None:
     """
     if not impersonate.impersonate or _WINDOWS:
         return None
-    if impersonate.account_map is None and not impersonate.auth_to_local:
+    if accounts.account_map is None and not accounts.auth_to_local:
         names = ("account_map", "auth_to_local")
         raise OptionError("impersonate", "needs account_map, auth_to_local or both", mentions=names)
-    return AccountMap(impersonate.account_map, auth_to_local=impersonate.auth_to_local, min_uid=impersonate.min_uid)
+    return AccountMap(accounts.account_map, auth_to_local=accounts.auth_to_local, min_uid=accounts.min_uid)
 
 
-def make_impersonation(impersonate: Impersonate) -> Impersonation | None:
+def make_impersonation(impersonate: Impersonate, accounts: LocalAccounts) -> Impersonation | None:
     """What the application impersonates clients with, if it does. Needs the privileges that it will use.
 
     Raises:
       ConfigurationError: see `Impersonation`.
     """
-    return Impersonation(make_account_map(impersonate)) if impersonate.impersonate else None
+    return Impersonation(make_account_map(impersonate, accounts)) if impersonate.impersonate else None
 
 
 def app_name(serve: Serve) -> str:
@@ -85,7 +85,7 @@ def app_name(serve: Serve) -> str:
     return serve.app or ("greet" if serve.wire == WireFormat.SAMPLE.value else "echo")
 
 
-def choose_app(settings: Settings) -> Handler:
+def choose_app(settings: StartSettings) -> Handler:
     """The application. One that is not built in is imported.
 
     Raises:

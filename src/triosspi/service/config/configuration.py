@@ -24,7 +24,7 @@ from typing import Any, Final, Literal, NamedTuple
 from ..._errors import ConfigurationError
 from ..reasons import only_configuration_errors
 from .options import Option, OptionError
-from .settings import SECTIONS, Settings, all_options
+from .settings import PARTS, SECTIONS, Settings, all_options
 
 PREFIX: Final = "TRIOSSPI_"
 #: The variable for the file itself.
@@ -145,10 +145,10 @@ def _make(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Settings:
     """The settings, if what was read makes sense together."""
     made: dict[str, Any] = {}
     errors = []
-    for section in SECTIONS:
-        own = {name: values[name] for name in section.__struct_fields__ if name in values}
+    for place, part in PARTS.items():
+        own = {name: values[name] for name in part.__struct_fields__ if name in values}
         try:
-            made[section.section] = section(**own)
+            made[place] = part(**own)
         except OptionError as exc:
             errors.append(_explain(exc, origins))
     if errors:
@@ -265,7 +265,7 @@ def _line_of(kind: type[Exception], text: str) -> int:
 
 def _misplaced(statement: _Statement, unknown: set[str]) -> str | None:
     """What is wrong with the place of a statement: None if nothing is, empty if that was told before."""
-    sections = [section.section for section in SECTIONS]
+    sections = SECTIONS
     options = all_options()
     table, *keys = statement.path
     if statement.is_array and table in sections:

@@ -90,8 +90,8 @@ def misfits(settings: Settings, descriptors: int | None) -> Iterator[str]:
     backlog, most = settings.listen.backlog, _somaxconn()
     if backlog is not None and most is not None and backlog > most:
         yield f"backlog = {backlog} does not fit: the kernel lets {most} wait; raise net.core.somaxconn, or lower backlog"
-    listen = settings.listen
-    if listen.proxy_from and not listen.proxy_unix and listen.unix and not listen.hosts:
+    listen, connections = settings.listen, settings.connections
+    if connections.proxy_from and not connections.proxy_unix and listen.unix and not listen.hosts:
         yield UNPROXIED
 
 

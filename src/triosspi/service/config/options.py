@@ -230,19 +230,28 @@ def _quoted(raw: object, limit: int = 64) -> str:
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of the settings. Each field is an option.
+    """A part of the settings, a `StartSection` or a `LiveSection`. Each field is an option.
+
+    Two parts may be one section of the file, to whose readers it is of no use to know what can be reloaded: the first of
+    them has what cannot.
 
     Raises:
       OptionError: a value cannot be.
     """
 
     section: ClassVar[str]
-    #: Whether a running server takes new values over.
-    reloads: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for option in options_of(type(self)):
             option.check(getattr(self, option.name))
+
+
+class StartSection(Section, frozen=True, kw_only=True):
+    """What a server is started with, and cannot exchange while it runs."""
+
+
+class LiveSection(Section, frozen=True, kw_only=True):
+    """What a running server takes over when it reloads."""
 
 
 @functools.cache
@@ -299,5 +308,5 @@ def _resolve(section: type[Section], name: str, default: object, hint: Any) -> O
         optional=optional,
         choices=choices,
         bounds=(low, high),
-        reloads=section.reloads,
+        reloads=issubclass(section, LiveSection),
     )

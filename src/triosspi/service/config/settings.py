@@ -5,6 +5,10 @@
 #
 # Names are unique over all sections, since a flag and a variable have no section. Values are plain: seconds are a float,
 # sizes are bytes, None is off or not given. A section is judged when it is made, by whomever (see `options`).
+#
+# What a running server can exchange and what it cannot are two types, and code that runs after the start is given either
+# the one or the other. Where it was one type, one process had taken over a new value and the other had kept the old one
+# more than once: the workers had an hour to finish in, and the supervisor killed them after seconds.
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ from ...impersonation import DEFAULT_MIN_UID
 from ..network.addresses import IPNetwork
 from ..network.admission import MaxStartups
 from . import kinds
-from .options import About, Option, OptionError, Section, options_of
+from .options import About, LiveSection, Option, OptionError, Section, StartSection, options_of
 
 _DAY: Final = 86400.0
 #: The sample's.
@@ -36,7 +40,7 @@ Grace = Annotated[float, Meta(ge=0, le=3650 * _DAY)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
-class Serve(Section, frozen=True, kw_only=True):
+class Serve(StartSection, frozen=True, kw_only=True):
     """What is served."""
 
     section: ClassVar[str] = "serve"
@@ -52,7 +56,7 @@ class Serve(Section, frozen=True, kw_only=True):
     ] = DEFAULT_MAX_MESSAGE_SIZE
 
 
-class Listen(Section, frozen=True, kw_only=True):
+class Listen(StartSection, frozen=True, kw_only=True):
     """Where."""
 
     section: ClassVar[str] = "listen"
@@ -70,6 +74,13 @@ class Listen(Section, frozen=True, kw_only=True):
         Count | None,
         About("How many connections may wait to be accepted.", none="default", unset="as many as the kernel lets wait"),
     ] = None
+
+
+class Connections(LiveSection, frozen=True, kw_only=True):
+    """How a connection that was accepted begins."""
+
+    section: ClassVar[str] = "listen"
+
     keepalive: Annotated[
         KernelSeconds | None,
         About("Ask a silent client's kernel after so long whether it is there.", kinds.DURATION, none="off"),
@@ -83,11 +94,10 @@ class Listen(Section, frozen=True, kw_only=True):
     )
 
 
-class Accept(Section, frozen=True, kw_only=True):
+class Accept(LiveSection, frozen=True, kw_only=True):
     """Who may log in, and how."""
 
     section: ClassVar[str] = "accept"
-    reloads: ClassVar[bool] = True
 
     accounts: Annotated[
         Path | None, About("Who may log in by NTLM; see 'triosspi accounts'.", unset="nobody, or a demo account")
@@ -115,23 +125,28 @@ class Accept(Section, frozen=True, kw_only=True):
     ] = ()
 
 
-class Impersonate(Section, frozen=True, kw_only=True):
-    """Whether the application acts as the client."""
+class Impersonate(StartSection, frozen=True, kw_only=True):
+    """Whether the application acts as the client: it is made for that, or not."""
 
     section: ClassVar[str] = "impersonation"
-    reloads: ClassVar[bool] = True
 
     impersonate: Annotated[bool, About("Let APP act as the client; greet looks who that is.")] = False
+
+
+class LocalAccounts(LiveSection, frozen=True, kw_only=True):
+    """As whom it then acts."""
+
+    section: ClassVar[str] = "impersonation"
+
     account_map: Annotated[Path | None, About("Which client is which local account.", unset="none")] = None
     auth_to_local: Annotated[bool, About("Ask krb5.conf about clients that the map does not name.")] = False
     min_uid: Annotated[Annotated[int, Meta(ge=0, le=2**32 - 2)], About("No smaller by a pattern.")] = DEFAULT_MIN_UID
 
 
-class Limits(Section, frozen=True, kw_only=True):
+class Limits(LiveSection, frozen=True, kw_only=True):
     """What one client, and what all of them together, may take."""
 
     section: ClassVar[str] = "limits"
-    reloads: ClassVar[bool] = True
 
     # Before authentication. The deadline is for the whole handshake, as LoginGraceTime: one byte a second wins nothing.
     handshake_timeout: Annotated[Seconds, About("For connecting and logging in.", kinds.DURATION)] = 30.0
@@ -174,8 +189,8 @@ class Limits(Section, frozen=True, kw_only=True):
     ] = "ntlm"
 
 
-class Workers(Section, frozen=True, kw_only=True):
-    """How many processes serve, and how they end."""
+class Workers(StartSection, frozen=True, kw_only=True):
+    """How many processes serve, and when one of them has to go."""
 
     section: ClassVar[str] = "workers"
 
@@ -186,16 +201,22 @@ class Workers(Section, frozen=True, kw_only=True):
     # sockets of their own; and a worker that hangs or starts again keeps nobody waiting. Logins per second are the same,
     # and shares are even enough (see workers.balance; bench/bench_workers.py measures it).
     reuse_port: Annotated[bool, About("Give each process sockets of its own (SO_REUSEPORT).")] = False
-    grace: Annotated[Grace, About("When stopping, let sessions finish for so long.", kinds.DURATION)] = 30.0
     heartbeat_timeout: Annotated[Seconds, About("Replace a process that hangs for so long.", kinds.DURATION)] = 30.0
     max_sessions: Annotated[Count | None, About("Replace a process after so many logins.", none="off")] = None
 
 
-class Log(Section, frozen=True, kw_only=True):
+class Stopping(LiveSection, frozen=True, kw_only=True):
+    """How they end."""
+
+    section: ClassVar[str] = "workers"
+
+    grace: Annotated[Grace, About("When stopping, let sessions finish for so long.", kinds.DURATION)] = 30.0
+
+
+class Log(LiveSection, frozen=True, kw_only=True):
     """What is logged, and how."""
 
     section: ClassVar[str] = "log"
-    reloads: ClassVar[bool] = True
 
     log_level: Annotated[Literal["debug", "info", "warning", "error"], About("The least that is logged.")] = "info"
     # Not "auto": what is piped to a file or to grep is mostly read by people, and machines have a configuration.
@@ -204,7 +225,7 @@ class Log(Section, frozen=True, kw_only=True):
     ] = "console"
 
 
-class Metrics(Section, frozen=True, kw_only=True):
+class Metrics(StartSection, frozen=True, kw_only=True):
     """Where metrics and health are shown."""
 
     section: ClassVar[str] = "metrics"
@@ -226,7 +247,7 @@ class Metrics(Section, frozen=True, kw_only=True):
             )
 
 
-class Reload(Section, frozen=True, kw_only=True):
+class Reload(LiveSection, frozen=True, kw_only=True):
     """When the configuration is read again; SIGHUP does so always."""
 
     section: ClassVar[str] = "reload"
@@ -236,38 +257,97 @@ class Reload(Section, frozen=True, kw_only=True):
     )
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it. Each section's fields are declared in its class."""
+class StartSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server is started with."""
 
     serve: Serve = field(default_factory=Serve)
     listen: Listen = field(default_factory=Listen)
+    impersonation: Impersonate = field(default_factory=Impersonate)
+    workers: Workers = field(default_factory=Workers)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+class LiveSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a running server takes over."""
+
+    connections: Connections = field(default_factory=Connections)
+    accept: Accept = field(default_factory=Accept)
+    local_accounts: LocalAccounts = field(default_factory=LocalAccounts)
+    limits: Limits = field(default_factory=Limits)
+    stopping: Stopping = field(default_factory=Stopping)
+    log: Log = field(default_factory=Log)
+    reload: Reload = field(default_factory=Reload)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All of it, as it was read. Each section's fields are declared in its class."""
+
+    serve: Serve = field(default_factory=Serve)
+    listen: Listen = field(default_factory=Listen)
+    connections: Connections = field(default_factory=Connections)
     accept: Accept = field(default_factory=Accept)
     impersonation: Impersonate = field(default_factory=Impersonate)
+    local_accounts: LocalAccounts = field(default_factory=LocalAccounts)
     limits: Limits = field(default_factory=Limits)
     workers: Workers = field(default_factory=Workers)
+    stopping: Stopping = field(default_factory=Stopping)
     log: Log = field(default_factory=Log)
     metrics: Metrics = field(default_factory=Metrics)
     reload: Reload = field(default_factory=Reload)
 
+    @property
+    def start(self) -> StartSettings:
+        """The part that only a restart changes."""
+        return StartSettings(**{name: getattr(self, name) for name in StartSettings.__struct_fields__})
+
+    @property
+    def live(self) -> LiveSettings:
+        """The other part."""
+        return LiveSettings(**{name: getattr(self, name) for name in LiveSettings.__struct_fields__})
+
     def get(self, option: Option) -> Any:
         """An option's value."""
-        return getattr(getattr(self, option.section), option.name)
+        return getattr(getattr(self, _place_of(option.name)), option.name)
 
 
-SECTIONS: Final[tuple[type[Section], ...]] = (
-    *(Serve, Listen, Accept, Impersonate, Limits, Workers, Log, Metrics, Reload),
-)
+#: The parts by their names in `Settings`, and in the order in which people read them.
+PARTS: Final[dict[str, type[Section]]] = {
+    "serve": Serve,
+    "listen": Listen,
+    "connections": Connections,
+    "accept": Accept,
+    "impersonation": Impersonate,
+    "local_accounts": LocalAccounts,
+    "limits": Limits,
+    "workers": Workers,
+    "stopping": Stopping,
+    "log": Log,
+    "metrics": Metrics,
+    "reload": Reload,
+}
+#: The file's sections.
+SECTIONS: Final[tuple[str, ...]] = tuple(dict.fromkeys(part.section for part in PARTS.values()))
 
 
 @functools.cache
 def all_options() -> dict[str, Option]:
     """Every option by its name, section by section."""
-    return {option.name: option for section in SECTIONS for option in options_of(section)}
+    return {option.name: option for part in PARTS.values() for option in options_of(part)}
 
 
-def only_by_restart(old: Settings, new: Settings) -> list[str]:
+@functools.cache
+def _place_of(name: str) -> str:
+    return next(place for place, part in PARTS.items() if name in part.__struct_fields__)
+
+
+def only_by_restart(old: StartSettings, new: StartSettings) -> list[str]:
     """The options that differ and that a running server cannot take over."""
-    return [o.name for o in all_options().values() if not o.reloads and old.get(o) != new.get(o)]
+    return [
+        option
+        for place in StartSettings.__struct_fields__
+        for option in PARTS[place].__struct_fields__
+        if getattr(getattr(old, place), option) != getattr(getattr(new, place), option)
+    ]
 
 
 def _is_loopback(host: str) -> bool:

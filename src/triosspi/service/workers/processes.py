@@ -13,12 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
 from ..observe.notify import VARIABLES
-from .worker_link import HEARTBEAT, LONGEST_REPORT, Order, Report, State
+from .worker_link import HEARTBEAT, LONGEST_REPORT, Order, Report, State, Update
 
 log = logging.getLogger("triosspi.server")
 
@@ -38,8 +39,7 @@ class Timing:
       heartbeat: between two heartbeats of a worker.
       heartbeat_timeout: without any, a worker is killed.
       start: from its start until a worker must be ready.
-      grace: that a worker has to finish what is under way, by its own clock.
-      margin: more than that until it is killed.
+      margin: more than its grace until a worker is killed that was told to go.
       hurry: the same when it was told to end at once.
       reload: for a worker to read its configuration again; then the others' sake goes before.
       first_pause: before a worker is replaced that has died too soon; doubles with each.
@@ -51,13 +51,36 @@ class Timing:
     heartbeat: float = HEARTBEAT
     heartbeat_timeout: float = 30.0
     start: float = 60.0
-    grace: float = 30.0
     margin: float = 5.0
     hurry: float = 2.0
     reload: float = 5.0
     first_pause: float = 0.5
     longest_pause: float = 10.0
     stable: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What workers serve, and what the supervisor has to know of it: a reload brings another.
+
+    Attributes:
+      service: see `Update`.
+      grace: seconds that a worker has, by its own clock, to finish what is under way when it is told to go.
+      files: a change of these is a reason to reload.
+      taken_over: called when it holds for the supervisor, too.
+      generation: its number; the supervisor counts them.
+    """
+
+    service: bytes
+    grace: float = 30.0
+    files: tuple[Path, ...] = ()
+    taken_over: Callable[[], object] = lambda: None
+    generation: int = 0
+
+    @property
+    def update(self) -> Update:
+        """As workers get it."""
+        return Update(generation=self.generation, service=self.service)
 
 
 class Process(Protocol):
@@ -99,6 +122,7 @@ class WorkerProcess:
       process: has just been started.
       link: our end of the link.
       timing: see `Timing`.
+      work: what it was started with.
       max_sessions: after so many it is `outworn`; None: never.
       changed: called when it is ready, and when it drains.
 
@@ -120,6 +144,7 @@ class WorkerProcess:
         process: Process,
         link: socket.socket,
         timing: Timing,
+        work: Work,
         *,
         max_sessions: int | None = None,
         changed: Callable[[], object] = lambda: None,
@@ -144,7 +169,11 @@ class WorkerProcess:
         self._status: int | None = None
         self._ready_since = 0.0
         self._hurried = trio.Event()
-        self._reloads = 0
+        # The last that it is to serve, and whether it was told.
+        self._work = work
+        self._told = True
+        # Of all that it may serve by now.
+        self._graces = {work.generation: work.grace}
         self._news = trio.Event()
 
     def __str__(self) -> str:
@@ -199,15 +228,29 @@ class WorkerProcess:
         else:
             self.send(signal.SIGKILL)
 
-    def reload(self) -> None:
-        """Let it read its configuration again. One that is just starting will do so when it has started."""
-        self._reloads += 1
-        self._say(Order.RELOAD)
+    def reload(self, work: Work) -> None:
+        """Let it serve something else. One that is just starting will do so when it has started."""
+        self._work, self._told = work, False
+        self._graces[work.generation] = work.grace
+        self._tell_work()
+
+    @property
+    def reloading(self) -> bool:
+        """It has neither taken over nor refused what it was told last."""
+        return self.alive and max(self.report.generation, self.report.refused) < self._work.generation
 
     async def wait_reloaded(self) -> None:
-        """Until it has done so as often as it was told."""
-        while self.alive and self.report.reloads < self._reloads:
+        """Until that is so no more."""
+        while self.reloading:
             await self._news.wait()
+
+    def _tell_work(self) -> None:
+        # Where there is no room, it is tried again whenever something is heard: one that is silent hangs, and is killed.
+        try:
+            with self._work.update.file() as file:
+                self._told = bool(socket.send_fds(self._link, [Order.RELOAD.value], [file.fileno()]))
+        except OSError as exc:
+            log.debug("%s was not told to reload: %s", self, exc)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal. Never to another process: the number is ours until `attend` has reaped it."""
@@ -298,7 +341,13 @@ class WorkerProcess:
 
     def _take(self, report: Report) -> None:
         changed = report.state is not self.report.state
+        if report.refused != self.report.refused:
+            log.error("%s keeps the configuration that it has: %s", self, report.refusal)
         self.report = report
+        done = max(report.generation, report.refused)
+        self._graces = {n: grace for n, grace in self._graces.items() if n == report.generation or n > done}
+        if not self._told:
+            self._tell_work()
         self._failure = report.failure
         if report.state is not State.STARTING and not self.ready.is_set():
             self._ready_since = trio.current_time()
@@ -341,7 +390,7 @@ class WorkerProcess:
     async def _limit(self) -> None:
         """Kill it when it does not go, though it was told to."""
         await self.draining.wait()
-        with trio.move_on_after(self._timing.grace + self._timing.margin):
+        with trio.move_on_after(max(self._graces.values(), default=self._work.grace) + self._timing.margin):
             await self._hurried.wait()
             await trio.sleep(self._timing.hurry)
         log.error("%s is killed: it was told to end, and did not", self)

@@ -26,6 +26,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
 
@@ -33,10 +34,10 @@ import trio
 
 from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
-from ..reasons import reason
-from ..reloading import Reading
+from ..reasons import only_configuration_errors, reason
+from ..reloading import Reading, watch_files
 from .balance import Board
-from .processes import COMMAND, Process, Timing, WorkerProcess, spawn
+from .processes import COMMAND, Process, Timing, Work, WorkerProcess, spawn
 from .worker_link import Plan
 
 log = logging.getLogger("triosspi.server")
@@ -87,12 +88,13 @@ class Supervisor:
     Args:
       places: the listening sockets that the worker of each place accepts from; two places may share them. They
           are this object's from now on, and closed when it stops.
-      service: what the workers serve, see `Plan`.
+      work: what the workers serve until there is another.
       timing: see `Timing`.
       max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first.
       notifier: the service manager.
-      reload: called in a thread, for each SIGHUP before the workers are told; returns what those serve that start from
-          then on. Where it raises, or hangs, that is logged, and all stays as it is. None: nothing can be read again.
+      reload: called in a thread, for each SIGHUP and when a file has changed; returns what the workers serve from then
+          on, those that are there and those that start later. Where it raises, or hangs, that is logged, and all stays
+          as it is. None: nothing can be read again.
       on_stop: called when it begins to stop, before the sockets are closed.
       on_end: called with the process number of each worker that has ended.
       spawn: starts a worker: see `spawn`, but for the command; for tests.
@@ -101,19 +103,19 @@ class Supervisor:
     def __init__(
         self,
         places: Sequence[Sequence[ListeningSocket]],
-        service: bytes,
+        work: Work,
         *,
         timing: Timing | None = None,
         max_sessions: int | None = None,
         notifier: Notifier | None = None,
-        reload: Callable[[], bytes] | None = None,
+        reload: Callable[[], Work] | None = None,
         on_stop: Callable[[], object] | None = None,
         on_end: Callable[[int], object] | None = None,
         spawn: Spawn = _SPAWN,
     ) -> None:
         self._places = [list(place) for place in places]
         self._board: Board | None = None
-        self._service = service
+        self._work = work
         self._timing = timing if timing is not None else Timing()
         self._max_sessions = max_sessions
         self._notifier = notifier if notifier is not None else Notifier(None)
@@ -212,6 +214,8 @@ class Supervisor:
                 nursery.start_soon(self._keep, worker)
             if self._reading is not None:
                 nursery.start_soon(self._reload_when_asked, self._reading)
+                changed = partial(self._reading.ask, "a file of the configuration has changed")
+                nursery.start_soon(watch_files, lambda: self._work.files, changed)
             nursery.start_soon(self._notifier.keep_alive, lambda: self.well)
 
     async def _keep(self, worker: WorkerProcess) -> None:
@@ -259,12 +263,13 @@ class Supervisor:
         """
         listeners = tuple(sock.fileno() for sock in self._places[number - 1])
         board = None if self._board is None else self._board.fileno()
+        work = self._work
         plan = Plan(
             number=number,
             listeners=listeners,
             contested=tuple(self._contested),
             board=board,
-            service=self._service,
+            update=work.update,
             heartbeat=self._timing.heartbeat,
             max_sessions=self._max_sessions,
             alarm=_ALARM * self._timing.heartbeat_timeout,
@@ -282,10 +287,13 @@ class Supervisor:
         except OSError as exc:
             raise ConfigurationError(f"cannot start worker {number}: {reason(exc)}") from None
         worker = WorkerProcess(
-            number, process, ours, self._timing, max_sessions=self._max_sessions, changed=self._tell_status
+            number, process, ours, self._timing, work, max_sessions=self._max_sessions, changed=self._tell_status
         )
         log.debug("%s has been started", worker)
         self._workers.add(worker)
+        if self._work is not work:
+            # While the system started it.
+            worker.reload(self._work)
         # Without a checkpoint since it was started: nobody else would reap it.
         self._attending.start_soon(self._attend, worker)
         return worker
@@ -359,26 +367,29 @@ class Supervisor:
             for sock in place:
                 sock.close()
 
-    async def _reload_when_asked(self, reading: Reading[bytes]) -> None:
+    async def _reload_when_asked(self, reading: Reading[Work]) -> None:
         while True:
             await reading.asked()
             self._notifier.reloading()
             try:
-                self._service = await reading.read()
+                work = await reading.read()
+                only_configuration_errors("the configuration", work.taken_over)
             except ConfigurationError as exc:
-                # They would find the same.
                 log.error("not reloaded, the old configuration stays: %s", exc)  # noqa: TRY400 - no error of ours
             else:
+                self._work = replace(work, generation=self._work.generation + 1)
                 await self._reload_workers()
             self._notifier.ready(self._status())
 
     async def _reload_workers(self) -> None:
-        workers = [worker for worker in self._workers if worker.alive]
+        workers = [worker for worker in self._workers if worker.alive and not worker.draining.is_set()]
         for worker in workers:
-            worker.reload()
-        with trio.move_on_after(self._timing.reload) as in_time:
+            worker.reload(self._work)
+        with trio.move_on_after(self._timing.reload):
             for worker in workers:
                 if worker.ready.is_set():
                     await worker.wait_reloaded()
-        if in_time.cancelled_caught:
-            log.warning("not all workers have reloaded after %g s", self._timing.reload)
+        # One that had been launched meanwhile has it from its start.
+        late = [str(worker) for worker in workers if worker.ready.is_set() and worker.reloading]
+        if late:
+            log.warning("not reloaded after %g s: %s", self._timing.reload, ", ".join(late))

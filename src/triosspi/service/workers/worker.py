@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import pickle
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from contextlib import suppress
 import trio
 
 from ..._errors import ConfigurationError
-from ..program import Program
+from ..program import unpickled
 from .balance import BalancedListener, Board, Share
 from .worker_link import Plan, WorkerLink, take_descriptors
 
@@ -33,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     share = None if plan.board is None else Share(Board(plan.board), plan.number)
     link = WorkerLink(
         sock,
+        plan.update,
         heartbeat=plan.heartbeat,
         max_sessions=plan.max_sessions,
         alarm=plan.alarm,
@@ -44,15 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         # The supervisor asks for it before it kills a worker that hangs. Names of files and functions; no values.
         faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     try:
-        program = pickle.loads(plan.service)  # noqa: S301 - the supervisor's word, by a descriptor of its own
-        assert isinstance(program, Program)
+        program = unpickled(plan.update.service)
         listeners: list[trio.abc.Listener[trio.SocketStream]] = [
             trio.SocketListener(trio.socket.from_stdlib_socket(listener))
             if share is None or listener.fileno() not in plan.contested
             else BalancedListener(listener, share)
             for listener in take_descriptors(plan.listeners)
         ]
-        trio.run(program.serve_as_worker, listeners, link)
+        trio.run(program.serve, listeners, link)
     except ConfigurationError as exc:
         link.failed(str(exc))
         return 1

@@ -1,7 +1,9 @@
 """What a supervisor and its workers tell each other, and the worker's end of it."""
 
-# What goes over the link. The supervisor writes single letters, `Order`: each may be said twice, and the second time means
-# nothing, so that it does not matter who else tells the worker the same: systemd and a terminal send their SIGTERM and
+# What goes over the link. The supervisor writes single letters, `Order`, so that none is ever there by half. With the one to
+# reload comes a descriptor (SCM_RIGHTS) of a file in memory that has what to serve from then on, an `Update`: it is there or
+# it is not, whatever its size and however full the socket is. The other letters may be said twice, and the second time
+# means nothing, so that it does not matter who else tells the worker the same: systemd and a terminal send their SIGTERM and
 # SIGINT to every process of the service at once, and a worker that took the supervisor's for a second one would cut off
 # its clients. The worker writes lines of JSON, `Report`: each says everything, so that one may be lost. That happens when
 # the supervisor is stopped for minutes (Ctrl-Z, a debugger) and the socket's buffer is full of heartbeats; the worker must
@@ -13,6 +15,7 @@
 
 from __future__ import annotations
 
+import array
 import enum
 import os
 import signal
@@ -27,9 +30,13 @@ from .balance import Share
 
 #: Seconds between two heartbeats.
 HEARTBEAT: Final = 1.0
-#: Characters of a `Report.failure`, and bytes of a report's line.
+#: Characters of a `Report.failure` or `Report.refusal`, and bytes of a report's line.
 LONGEST_FAILURE: Final = 1000
-LONGEST_REPORT: Final = 8192
+LONGEST_REPORT: Final = 16384
+# What a handler starts is not to have them.
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+# Descriptors that are taken with one look at the link. The kernel lets a look end at each message that has one.
+_DESCRIPTORS: Final = 4
 
 
 class Order(enum.Enum):
@@ -54,13 +61,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
       state: what it is doing.
       sessions: clients that have logged in since it started.
-      reloads: how often it has done with an `Order.RELOAD`.
+      generation: number of the configuration that it serves by.
+      refused: number of the one that it could not use last; 0: there was none.
+      refusal: why, in one line.
       failure: why it cannot start, in one line.
     """
 
     state: State = State.STARTING
     sessions: Annotated[int, msgspec.Meta(ge=0)] = 0
-    reloads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    generation: Annotated[int, msgspec.Meta(ge=0)] = 0
+    refused: Annotated[int, msgspec.Meta(ge=0)] = 0
+    refusal: Annotated[str, msgspec.Meta(max_length=LONGEST_FAILURE)] | None = None
     failure: Annotated[str, msgspec.Meta(max_length=LONGEST_FAILURE)] | None = None
 
     def line(self) -> bytes:
@@ -77,6 +88,45 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return msgspec.json.decode(line, type=cls)
 
 
+class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a worker is to serve.
+
+    Attributes:
+      generation: its number. The supervisor counts them.
+      service: as the program that the supervisor starts understands it: a pickled `program.WorkerProgram`. May be
+          secret.
+    """
+
+    generation: int = 0
+    service: bytes
+
+    def file(self) -> BinaryIO:
+        """See `Plan.file`."""
+        return _file(self, "triosspi-update")
+
+    @classmethod
+    def take(cls, fd: int) -> Update:
+        """Read it, and close the descriptor.
+
+        Raises:
+          ValueError: there is none in it.
+        """
+        with open(fd, "rb") as file:
+            return msgspec.json.decode(file.read(), type=cls)
+
+
+def _file(content: msgspec.Struct, name: str) -> BinaryIO:
+    # Not on the command line and not in the environment, which others on the machine can read, nor on a disk.
+    file = open(os.memfd_create(name), "w+b")  # noqa: SIM115 - the caller's
+    try:
+        file.write(msgspec.json.encode(content))
+        file.seek(0)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker is to do.
 
@@ -85,8 +135,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
       listeners: descriptors of listening sockets.
       contested: those of them that other workers accept from, too.
       board: descriptor of the `Board` on which they agree about it; None: none is contested.
-      service: what to serve, as the program that the supervisor starts understands it: a pickled `program.Program`.
-          May be secret.
+      update: what to serve, until there is another.
       heartbeat: seconds between two heartbeats.
       max_sessions: so many sessions are reported at once, and not with the next heartbeat.
       alarm: seconds without a heartbeat after which the kernel ends the worker; None: it does not.
@@ -96,22 +145,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     listeners: tuple[int, ...]
     contested: tuple[int, ...] = ()
     board: int | None = None
-    service: bytes
+    update: Update
     heartbeat: float = HEARTBEAT
     max_sessions: int | None = None
     alarm: float | None = None
 
     def file(self) -> BinaryIO:
         """A file with it, at its beginning; in memory, without a name, and gone when it is closed."""
-        # Not on the command line and not in the environment, which others on the machine can read, nor on a disk.
-        file = open(os.memfd_create("triosspi-plan"), "w+b")  # noqa: SIM115 - the caller's
-        try:
-            file.write(msgspec.json.encode(self))
-            file.seek(0)
-        except BaseException:
-            file.close()
-            raise
-        return file
+        return _file(self, "triosspi-plan")
 
     @classmethod
     def take(cls, fd: int) -> Plan:
@@ -122,6 +163,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """
         with open(fd, "rb") as file:
             return msgspec.json.decode(file.read(), type=cls)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:LONGEST_FAILURE]
 
 
 def take_descriptors(descriptors: Iterable[int]) -> list[socket.socket]:
@@ -139,11 +184,12 @@ class WorkerLink:
     """A worker's end of the link to its supervisor.
 
     What is told is told at once and never waited for. A server calls `ready` when it serves, `session_started`
-    for each login, `draining` when it begins to stop, whyever, and `reloaded` when it has read its
-    configuration again or has refused to; and it runs `run` meanwhile. With `count_connections` it gives its number.
+    for each login, `draining` when it begins to stop, whyever, and `reloaded` when it has taken over
+    what is `newest`, or has refused to; and it runs `run` meanwhile. With `count_connections` it gives its number.
 
     Args:
       sock: the connected socket; belongs to this from now on.
+      update: what it serves at the start.
       heartbeat: see `Plan`.
       max_sessions: see `Plan`.
       alarm: see `Plan`.
@@ -153,12 +199,14 @@ class WorkerLink:
       on_parent_gone: called once, when the supervisor has died or wants the worker to go: finish what is
           under way, and end; by default as SIGTERM would.
       on_stop: called when the supervisor wants it to end at once, after ``on_parent_gone``; by default as SIGINT would.
-      on_reload: called when it shall read its configuration again; by default as SIGHUP would.
+      on_reload: called when there is something else to serve; by default as SIGHUP would.
+      newest: what to serve now.
     """
 
     def __init__(
         self,
         sock: socket.socket,
+        update: Update,
         *,
         heartbeat: float = HEARTBEAT,
         max_sessions: int | None = None,
@@ -171,7 +219,8 @@ class WorkerLink:
         self._max_sessions = max_sessions
         self._alarm = alarm
         self._share = share
-        self._report = Report()
+        self.newest = update
+        self._report = Report(generation=update.generation)
         self._unsent = b""
         self._leaving = False
         self.on_parent_gone: Callable[[], object] = lambda: signal.raise_signal(signal.SIGTERM)
@@ -214,13 +263,16 @@ class WorkerLink:
         self._leaving = True
         self._change(state=State.DRAINING)
 
-    def reloaded(self) -> None:
-        """It has done with an `Order.RELOAD`."""
-        self._change(reloads=self._report.reloads + 1)
+    def reloaded(self, generation: int, problem: str | None = None) -> None:
+        """It has taken over what has this number; or has not, because of a problem."""
+        if problem is None:
+            self._change(generation=generation)
+        else:
+            self._change(refused=generation, refusal=_one_line(problem))
 
     def failed(self, reason: str) -> None:
         """It cannot start; say why before ending."""
-        self._change(failure=" ".join(reason.split())[:LONGEST_FAILURE])
+        self._change(failure=_one_line(reason))
 
     def close(self) -> None:
         """Hang up."""
@@ -246,14 +298,23 @@ class WorkerLink:
         sock = trio.socket.from_stdlib_socket(self._sock)
         while True:
             try:
-                said = await sock.recv(64)
+                said, extras, _, _ = await sock.recvmsg(64, socket.CMSG_SPACE(4 * _DESCRIPTORS), _CLOEXEC)
             except OSError:
-                said = b""
+                said, extras = b"", []
             if not said:
                 break
+            for extra in extras:
+                self._take_updates(*extra)
             for number in said:
                 self._follow(bytes([number]))
         self._leave()
+
+    def _take_updates(self, level: int, kind: int, data: bytes) -> None:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors = array.array("i")
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+            for fd in descriptors:
+                self.newest = Update.take(fd)
 
     def _follow(self, order: bytes) -> None:
         if order == Order.DRAIN.value:
