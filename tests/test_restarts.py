@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,20 +112,64 @@ async def test_twenty_restarts_under_load_leave_no_request_without_a_word(folder
     assert len(load.by_client) == load.talkers + load.callers + len(load.foreign)
 
 
-@pytest.mark.parametrize("workers", [1])
+async def to_the_first(processes: list[int]) -> None:
+    os.kill(processes[0], signal.SIGTERM)
+
+
+async def to_all(processes: list[int]) -> None:
+    """As systemd does it."""
+    for pid in processes:
+        os.kill(pid, signal.SIGTERM)
+
+
+async def to_all_the_first_last(processes: list[int]) -> None:
+    for pid in reversed(processes):
+        os.kill(pid, signal.SIGTERM)
+
+
+async def to_one_worker_before(processes: list[int]) -> None:
+    os.kill(processes[-1], signal.SIGTERM)
+    os.kill(processes[0], signal.SIGTERM)
+
+
+async def to_reload_before(processes: list[int]) -> None:
+    os.kill(processes[0], signal.SIGHUP)
+    os.kill(processes[0], signal.SIGTERM)
+
+
+async def to_all_after_one_was_killed(processes: list[int]) -> None:
+    if len(processes) > 1:
+        os.kill(processes[-1], signal.SIGKILL)
+    await to_all(processes[:-1] or processes)
+
+
+STOPS = (
+    to_the_first,
+    to_all,
+    to_all_the_first_last,
+    to_one_worker_before,
+    to_reload_before,
+    to_all_after_one_was_killed,
+)
+each_way_to_stop = pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.__name__)
+with_workers = pytest.mark.parametrize("workers", [("1",), ("2",), ("4",), ("2", "--reuse-port")], ids="-".join)
+
+
+@with_workers
+@each_way_to_stop
 async def test_who_waits_in_the_queue_of_a_server_that_stops_is_not_left_without_a_word(
-    folder: Path, workers: int
+    folder: Path, workers: tuple[str, ...], stop: Callable[[list[int]], Awaitable[None]]
 ) -> None:
     # The kernel resets whatever is queued on a listening socket when its last descriptor is closed; who was there had a
     # connection, had sent his first token, and was owed an answer.
     clients = 20
     told = []
-    arguments = ["--host", "127.0.0.1", "--port", "0", "--workers", str(workers)]
-    with server(folder, "server", *arguments) as program, trio.fail_after(PATIENCE):
+    arguments = ["--host", "127.0.0.1", "--port", "0", "--log-level", "error", "--workers", *workers]
+    with server(folder, "server", *arguments) as program, trio.fail_after(4 * PATIENCE):
         port = await trio.to_thread.run_sync(program.expect_port)
         # Nobody accepts now.
         processes = [program.process.pid, *children(program.process.pid)]
-        assert len(processes) == (1 if workers == 1 else 1 + workers)
+        assert len(processes) == (1 if workers == ("1",) else 1 + int(workers[0]))
         for pid in processes:
             os.kill(pid, signal.SIGSTOP)
 
@@ -141,11 +185,32 @@ async def test_who_waits_in_the_queue_of_a_server_that_stops_is_not_left_without
             for _ in range(clients):
                 nursery.start_soon(log_in, await trio.open_tcp_stream("127.0.0.1", port))
             await trio.testing.wait_all_tasks_blocked()
-            program.process.send_signal(signal.SIGTERM)
+            await stop(processes)
             for pid in reversed(processes):
                 os.kill(pid, signal.SIGCONT)
         assert await trio.to_thread.run_sync(program.wait) == 0
     assert len(told) == clients
+    assert program.err == ""
+
+
+@pytest.mark.parametrize("workers", [("1",), ("4",), ("2", "--reuse-port")], ids="-".join)
+@pytest.mark.parametrize("stop", [to_the_first, to_all, to_one_worker_before], ids=lambda stop: stop.__name__)
+async def test_a_server_that_stops_under_load_refuses_who_comes_late_and_resets_nobody(
+    folder: Path, workers: tuple[str, ...], stop: Callable[[list[int]], Awaitable[None]]
+) -> None:
+    arguments = ["--host", "127.0.0.1", "--port", "0", "--log-level", "error", "--workers", *workers]
+    with server(folder, "server", *arguments) as program, trio.fail_after(4 * PATIENCE):
+        port = await trio.to_thread.run_sync(program.expect_port)
+        processes = [program.process.pid, *children(program.process.pid)]
+        load = Load("127.0.0.1", port, talkers=6, callers=6)
+        async with load.running():
+            await load.answered("server", 100)
+            await stop(processes)
+            assert await trio.to_thread.run_sync(program.wait) == 0
+    # Whoever had a connection has heard a goodbye on it.
+    lost = [failure for failure in load.failures if "all attempts to connect" not in failure.error]
+    assert lost == []
+    assert program.err == ""
 
 
 def children(pid: int) -> list[int]:

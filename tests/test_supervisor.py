@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Worker:
         link.on_parent_gone = lambda: self.told.append("drain")
         link.on_stop = lambda: self.told.append("stop")
         link.on_reload = lambda: self.told.append("reload")
+        link.on_last = lambda: self.told.append("last")
 
     async def wait(self) -> int:
         await self._ended.wait()
@@ -166,6 +167,7 @@ class Scene:
     notifier: Recorder = field(default_factory=Recorder)
     supervisor: Supervisor = field(init=False)
     error: ConfigurationError | None = None
+    address: Any = None
     started: trio.Event = field(default_factory=trio.Event)
     over: trio.Event = field(default_factory=trio.Event)
 
@@ -196,6 +198,7 @@ async def scene(
         it.notifier = Recorder(options.pop("watchdog"))
     before = len(os.listdir("/proc/self/fd"))
     with socket.create_server(("127.0.0.1", 0)) as sock:
+        it.address = sock.getsockname()
         async with trio.open_nursery() as processes, trio.open_nursery() as nursery:
 
             async def spawn(link: int, plan: int, listeners: Sequence[int]) -> Process:
@@ -665,6 +668,108 @@ async def test_nobody_is_left_by_an_error_in_the_supervisor_itself(autojump_cloc
             await it.over.wait()
     assert caught.group_contains(RuntimeError, match="a bug")
     assert [worker.told for worker in workers] == [["SIGKILL"]] * 2
+
+
+# The last one
+
+
+def closing_late(seconds: float) -> Callable[[Worker], Awaitable[None]]:
+    """Told to go, it takes so long until its sockets are closed, and as long again to end."""
+
+    async def life(worker: Worker) -> None:
+        go = trio.Event()
+        told, worker.link.on_parent_gone = worker.link.on_parent_gone, lambda: (told(), go.set())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.link.run)
+            worker.link.ready()
+            await go.wait()
+            await trio.sleep(seconds)
+            worker.link.draining()
+            await trio.sleep(seconds)
+            nursery.cancel_scope.cancel()
+
+    return life
+
+
+async def test_one_worker_is_told_that_it_is_the_last_and_goes_when_the_others_have_closed_their_sockets(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scene(closing_late(0.1), closing_late(1), closing_late(2), places=3, sole=True) as it:
+        await it.started.wait()
+        sock = it.supervisor._places[0][0]
+        open_then: list[int] = []
+        last = it.workers[0].link
+        told, last.on_parent_gone = last.on_parent_gone, lambda: (open_then.append(sock.fileno()), told())
+        start = trio.current_time()
+        it.supervisor.stop()
+        await it.over.wait()
+        assert [worker.told for worker in it.workers] == [["last", "drain"], ["drain"], ["drain"]]
+        # By then this process had closed its own, too.
+        assert open_then == [-1]
+        assert it.workers[0].died == pytest.approx(start + 2.2, abs=0.1)
+
+
+async def test_where_another_process_has_the_sockets_nobody_is_told_to_be_the_last(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with scene(serving, serving) as it:
+        await it.started.wait()
+        it.supervisor.stop()
+        await it.over.wait()
+        assert [worker.told for worker in it.workers] == [["drain"]] * 2
+
+
+async def test_the_last_one_is_not_one_that_hangs_or_dies_meanwhile(autojump_clock: trio.testing.MockClock) -> None:
+    async def dying(worker: Worker) -> None:
+        worker.link.on_last = lambda: worker.end(-signal.SIGSEGV)
+        await deaf(worker)
+
+    async with scene(dying, silent, serving, places=3, sole=True) as it:
+        await it.started.wait()
+        start = trio.current_time()
+        it.supervisor.stop()
+        await it.over.wait()
+        assert it.workers[2].told == ["last", "drain"]
+        assert it.workers[2].died == pytest.approx(start + 2 + 5, abs=0.1)
+        assert len(it.workers) == 3
+
+
+@pytest.mark.parametrize("queued", [True, False])
+async def test_where_all_were_told_to_go_by_somebody_else_another_is_started_if_anybody_is_queued(
+    queued: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    go = trio.Event()
+
+    async def leaving(worker: Worker) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(deaf, worker)
+            await go.wait()
+            worker.link.draining()
+            await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+
+    async with AsyncExitStack() as stack:
+        it = await stack.enter_async_context(scene(leaving, leaving, sole=True))
+        await it.started.wait()
+        if queued:
+            address = it.address
+            stack.enter_context(socket.create_connection(address))
+        go.set()
+        it.supervisor.stop()
+        await it.over.wait()
+        assert [worker.told for worker in it.workers[:2]] == [[]] * 2
+        assert [worker.told for worker in it.workers[2:]] == ([["last", "drain"]] if queued else [])
+
+
+async def test_a_second_signal_does_not_wait_for_the_last_one(autojump_clock: trio.testing.MockClock) -> None:
+    async with scene(silent, deaf, sole=True) as it:
+        await it.started.wait()
+        it.supervisor.stop()
+        await trio.sleep(1)
+        start = trio.current_time()
+        it.supervisor.stop()
+        await it.over.wait()
+        assert trio.current_time() - start <= 2.1
 
 
 # Reloading

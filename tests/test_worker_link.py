@@ -233,6 +233,25 @@ async def test_an_order_to_reload_brings_what_to_serve_and_leaves_no_descriptor(
         assert len(os.listdir("/proc/self/fd")) == before
 
 
+async def test_the_last_one_says_that_it_has_heard_and_not_when_it_goes_already(
+    link: WorkerLink, supervisor: Supervisor
+) -> None:
+    async with running(link) as asked:
+        link.on_last = lambda: asked.append("last")
+        supervisor.say(Order.LAST)
+        await trio.testing.wait_all_tasks_blocked()
+        assert asked == ["last"]
+        assert supervisor.heard()[-1].last
+    theirs, ours = socket.socketpair()
+    with ours, theirs:
+        link, supervisor = WorkerLink(theirs, UPDATE), Supervisor(ours)
+        async with running(link) as asked:
+            link.draining()
+            supervisor.say(Order.LAST)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not supervisor.heard()[-1].last
+
+
 async def test_an_order_to_go_means_nothing_to_a_worker_that_goes_already(
     link: WorkerLink, supervisor: Supervisor
 ) -> None:

@@ -31,9 +31,9 @@ log = logging.getLogger("triosspi.server")
 End: TypeAlias = tuple[Outcome, str | None]
 """How a session ended, and what went wrong, if anything."""
 
-#: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips; who
-#: has only connected would hold up the stop for as long as a login may take.
-STOPPING_HANDSHAKE: Final = 2.0
+#: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips, for
+#: which a busy machine may take seconds; who has only connected would hold up the stop for as long as a login may take.
+STOPPING_HANDSHAKE: Final = 5.0
 
 
 @dataclass(kw_only=True)

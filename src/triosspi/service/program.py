@@ -128,8 +128,7 @@ class Program:
     ) -> bool:
         """Serve in this process; see `Server.run`."""
         handler = choose_app(self.start)
-        # systemd has its sockets open too, and gives what is queued to whom it starts next.
-        sole = "LISTEN_FDS" not in os.environ
+        sole = _has_sockets_alone()
         listeners = await open_listeners(self.start.listen)
         _tell_unproxied(self.start.listen, loaded.live.connections, listeners)
         try:
@@ -162,6 +161,7 @@ class Program:
     async def supervise(self, configuration: Configuration, started: Started) -> None:
         """Serve in worker processes, see `Supervisor`."""
         workers = self.start.workers
+        sole = _has_sockets_alone()
         if workers.reuse_port:
             places = await reuse_port_sockets(self.start.listen, workers.workers)
         else:
@@ -182,6 +182,7 @@ class Program:
                     self.work(configuration),
                     timing=Timing(heartbeat_timeout=workers.heartbeat_timeout),
                     max_sessions=workers.max_sessions,
+                    sole=sole,
                     notifier=Notifier.from_environment(),
                     reload=self.reload_for_workers,
                     on_stop=partial(remove_socket_files, listeners),
@@ -261,6 +262,13 @@ def unpickled(service: bytes) -> WorkerProgram:
     program = pickle.loads(service)  # noqa: S301 - the supervisor's word, by a descriptor of its own
     assert isinstance(program, WorkerProgram)
     return program
+
+
+def _has_sockets_alone() -> bool:
+    """Whether nobody else will have our listening sockets: to be asked before they are opened."""
+    # systemd has those that it gives us open too, and gives what is queued to whom it starts next. Variables that are
+    # another process's (a script that has started us) are of no account.
+    return "LISTEN_FDS" not in os.environ or os.environ.get("LISTEN_PID") != str(os.getpid())
 
 
 def _settle() -> None:

@@ -4,7 +4,7 @@
 # knows that its request was not looked at and may be sent elsewhere. So on SIGTERM:
 #
 # * the listening sockets are closed; where another process holds them too (systemd, the supervisor, a successor), what is
-#   queued on them goes there;
+#   queued on them goes there; where none does, which a worker is told by its supervisor, it is accepted before;
 # * who is logging in goes on doing so, and hears the goodbye right after;
 # * no handler receives any more: those that wait for a request end at once, those that work on one answer it first
 #   (`SSPIChannel.stop_receiving`). Then each channel is closed as always: goodbye, FIN, and the peer's last bytes read, or
@@ -17,7 +17,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ from .observe.telemetry import Telemetry
 from .reasons import only_configuration_errors
 from .reloading import Reading, watch_files
 from .sessions import Sessions
+from .workers.balance import BalancedListener
 from .workers.worker_link import WorkerLink
 
 log = logging.getLogger("triosspi.server")
@@ -156,6 +157,7 @@ class Server:
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
+                    self._link.on_last = self._become_sole
                     self._link.on_reload = partial(self.ask_to_reload, "the supervisor")
                     self._link.count_connections(self._count_connections)
                     self._watches.start_soon(self._link.run)
@@ -171,13 +173,25 @@ class Server:
         with self._accepting:
             async with trio.open_nursery() as nursery:
                 for listener in self._listeners:
-                    nursery.start_soon(accept_forever, listener, self._connections, serve, self._telemetry.accept_error)
+                    nursery.start_soon(self._accept_from, listener, serve)
                 # Only now: whoever learns of it may send a signal at once.
                 self._telemetry.ready(True)
                 self._notifier.ready()
                 if self._link is not None:
                     self._link.ready()
                 started()
+
+    async def _accept_from(
+        self,
+        listener: trio.abc.Listener[trio.SocketStream],
+        serve: Callable[[trio.SocketStream], Awaitable[object]],
+    ) -> None:
+        try:
+            await accept_forever(listener, self._connections, serve, self._telemetry.accept_error)
+        except trio.ClosedResourceError:
+            # By `stop`, in the very moment in which it was to accept.
+            if not self._stopping:
+                raise
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         if self._served is not None:
@@ -277,25 +291,29 @@ class Server:
         shutting_down().set()
         self._telemetry.ready(False)
         self._notifier.stopping()
-        if self._link is not None:
-            self._link.draining()
         # While they are open: who starts next finds either a socket that answers, or none.
         remove_socket_files(self._listeners)
         self._service.stop()
         self._accepting.cancel()
-        if self._sole:
-            self._empty_queues()
+        self._close_listeners()
+        if self._link is not None:
+            # Not before: the supervisor takes it for true that they are closed.
+            self._link.draining()
         self._watches.start_soon(self._cancel_after_grace)
 
-    def _empty_queues(self) -> None:
+    def _become_sole(self) -> None:
+        self._sole = True
+
+    def _close_listeners(self) -> None:
         # The kernel resets what is queued on a listening socket when its last descriptor is closed, and whoever is there
         # has a connection, and has sent his first token.
         for listener in self._listeners:
-            if isinstance(listener, trio.SocketListener):
-                for stream in queued(listener):
-                    self._connections.start_soon(self._service.serve, stream)
+            if isinstance(listener, (trio.SocketListener, BalancedListener)):
+                if self._sole:
+                    for stream in queued(listener):
+                        self._connections.start_soon(self._service.serve, stream)
                 # Now, and not when the task that accepts gets its turn: whoever comes in between would be reset.
-                listener.socket.close()
+                (listener if isinstance(listener, BalancedListener) else listener.socket).close()
 
     async def _cancel_after_grace(self) -> None:
         grace = self._loaded.live.stopping.grace

@@ -76,6 +76,14 @@ class ListenSettings(Protocol):
         """How many connections may wait; None: as many as the system allows."""
 
 
+class HasSocket(Protocol):
+    """A listener, of Trio's or of ours."""
+
+    @property
+    def socket(self) -> Any:
+        """What it accepts from."""
+
+
 # Opening and closing
 
 
@@ -127,7 +135,7 @@ def remove_socket_files(listeners: Iterable[trio.abc.Listener[trio.SocketStream]
             file.remove()
 
 
-def queued(listener: trio.SocketListener) -> Iterator[trio.SocketStream]:
+def queued(listener: HasSocket) -> Iterator[trio.SocketStream]:
     """The connections that wait to be accepted, now."""
     with socket.fromfd(listener.socket.fileno(), listener.socket.family, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)

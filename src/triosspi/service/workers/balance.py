@@ -148,6 +148,9 @@ class BalancedListener(trio.abc.Listener[trio.SocketStream]):
                 raise trio.ClosedResourceError
             await trio.lowlevel.wait_readable(self._sock)
             await self._let_others_go_first()
+            if self._sock.fileno() < 0:
+                # Meanwhile.
+                raise trio.ClosedResourceError
             try:
                 sock, address = self._sock.accept()
             except BlockingIOError:
@@ -166,9 +169,18 @@ class BalancedListener(trio.abc.Listener[trio.SocketStream]):
         # They did not come, or there is too much even for them.
         self._wait_for_nobody_until = trio.current_time() + PAUSE
 
-    async def aclose(self) -> None:
-        """Close the socket, here."""
+    @property
+    def socket(self) -> socket.socket:
+        """What it accepts from."""
+        return self._sock
+
+    def close(self) -> None:
+        """Close the socket, here and now. May be called twice."""
         if self._sock.fileno() >= 0:
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
+
+    async def aclose(self) -> None:
+        """The same."""
+        self.close()
         await trio.lowlevel.checkpoint()

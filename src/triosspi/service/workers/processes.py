@@ -40,7 +40,9 @@ class Timing:
       heartbeat_timeout: without any, a worker is killed.
       start: from its start until a worker must be ready.
       margin: more than its grace until a worker is killed that was told to go.
-      hurry: the same when it was told to end at once.
+      hurry: the same when it was told to end at once; and until it must have answered.
+      closing: for a worker that was told to go to close its sockets.
+      hand_over: when all stop, until one of them must have the sockets alone, if need be one that has yet to start.
       reload: for a worker to read its configuration again; then the others' sake goes before.
       first_pause: before a worker is replaced that has died too soon; doubles with each.
       longest_pause: the most of that. Not long: whoever finds a way to crash a worker from outside would otherwise
@@ -53,6 +55,8 @@ class Timing:
     start: float = 60.0
     margin: float = 5.0
     hurry: float = 2.0
+    closing: float = 5.0
+    hand_over: float = 20.0
     reload: float = 5.0
     first_pause: float = 0.5
     longest_pause: float = 10.0
@@ -185,6 +189,11 @@ class WorkerProcess:
         return not self.hung and not self.ended.is_set()
 
     @property
+    def serving(self) -> bool:
+        """It takes connections, as far as one can know."""
+        return self.ready.is_set() and self.alive and not self.draining.is_set()
+
+    @property
     def outworn(self) -> bool:
         """It serves, and has served enough."""
         enough = self._max_sessions is not None and self.report.sessions >= self._max_sessions
@@ -205,6 +214,23 @@ class WorkerProcess:
         return f"worker {self.number} ended before it was ready ({self._end()}); the log may have its reason"
 
     # Orders
+
+    async def make_last(self) -> bool:
+        """Have it empty the queues of its sockets when it goes, since nobody else will have them then.
+
+        Returns:
+          Whether it has heard of it, and still serves.
+        """
+        self._say(Order.LAST)
+        with trio.move_on_after(self._timing.hurry):
+            while self.serving and not self.report.last:
+                await self._news.wait()
+        return self.serving and self.report.last
+
+    async def wait_closed(self) -> None:
+        """Until it has closed its listening sockets."""
+        while self.alive and self.report.state is not State.DRAINING:
+            await self._news.wait()
 
     def drain(self) -> None:
         """Let it finish what is under way, and go; it is killed if it does not."""

@@ -6,6 +6,11 @@
 #   locks that nobody will release.
 # * Nobody waits in a dead worker's queue for ever: the listening sockets are this process's, which accepts nothing, and
 #   outlive every worker. A replacement finds what was queued.
+# * Nor is anybody reset when all of it stops. The kernel resets who is queued on a socket when its last descriptor is closed,
+#   so one worker must be the last who has it, and know it. First it says that it will empty the queue; then the others
+#   close theirs, and say so; then this process closes its own; and only then the last one goes: it accepts whoever is
+#   queued, and closes at once. Until then it serves as ever. Where somebody else has told all workers to go (systemd
+#   signals each process of a service) there may be none left for that, and if anybody is queued another is started.
 # * What a worker does to itself is its own affair. It dies: another takes its place, at once if it had lived for a while,
 #   else after a pause that doubles, so that a fault which comes with every start does not take the whole machine. It hangs:
 #   its event loop sends no heartbeat, and it is killed. Only where one cannot start when all begin is it the
@@ -22,6 +27,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import select
 import signal
 import socket
 from collections import Counter
@@ -60,6 +66,14 @@ class ListeningSocket(Protocol):
         """May be called twice."""
 
 
+def _waited_on(sockets: Sequence[ListeningSocket]) -> bool:
+    """Whether anybody is queued on one of these."""
+    poll = select.poll()
+    for sock in sockets:
+        poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Pauses:
     """How long to wait before the next try, after each that failed."""
 
@@ -91,6 +105,7 @@ class Supervisor:
       work: what the workers serve until there is another.
       timing: see `Timing`.
       max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first.
+      sole: nobody else has these sockets: who is queued on them in the end is to be told so by a worker.
       notifier: the service manager.
       reload: called in a thread, for each SIGHUP and when a file has changed; returns what the workers serve from then
           on, those that are there and those that start later. Where it raises, or hangs, that is logged, and all stays
@@ -107,6 +122,7 @@ class Supervisor:
         *,
         timing: Timing | None = None,
         max_sessions: int | None = None,
+        sole: bool = False,
         notifier: Notifier | None = None,
         reload: Callable[[], Work] | None = None,
         on_stop: Callable[[], object] | None = None,
@@ -118,6 +134,7 @@ class Supervisor:
         self._work = work
         self._timing = timing if timing is not None else Timing()
         self._max_sessions = max_sessions
+        self._sole = sole
         self._notifier = notifier if notifier is not None else Notifier(None)
         self._reading = None if reload is None else Reading(reload)
         self._on_stop = on_stop
@@ -126,6 +143,7 @@ class Supervisor:
         self._workers: set[WorkerProcess] = set()
         self._attending: trio.Nursery
         self._serving = trio.CancelScope()
+        self._handing_over = trio.CancelScope()
         self._stops = 0
         self._renewing = trio.Lock()
 
@@ -142,9 +160,7 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Whoever comes now is served: somebody is ready, and nobody has said stop."""
-        return not self._stops and any(
-            worker.ready.is_set() and worker.alive and not worker.draining.is_set() for worker in self._workers
-        )
+        return not self._stops and any(worker.serving for worker in self._workers)
 
     async def run(
         self,
@@ -343,6 +359,7 @@ class Supervisor:
             self._serving.cancel()
             return
         log.warning("%s again: stopping at once", why)
+        self._handing_over.cancel()
         for worker in self._workers:
             if self._stops == 2:
                 worker.stop()
@@ -354,6 +371,12 @@ class Supervisor:
         self._notifier.stopping()
         if self._on_stop is not None:
             self._on_stop()
+        if self._sole and self._workers:
+            self._handing_over.deadline = trio.current_time() + self._timing.hand_over
+            with self._handing_over:
+                await self._hand_over()
+            if self._handing_over.cancelled_caught:
+                log.warning("no worker had the listening sockets alone in time: who is queued on them may be reset")
         # From now on nobody new is to come in; where the workers have closed theirs too, connecting is refused.
         self._close()
         workers = list(self._workers)
@@ -361,6 +384,42 @@ class Supervisor:
             worker.drain()
         for worker in workers:
             await worker.ended.wait()
+
+    async def _hand_over(self) -> None:
+        """Have each socket with one worker and with this process alone; or with nobody, where nobody is queued on it."""
+        groups: dict[tuple[ListeningSocket, ...], set[int]] = {}
+        for number, place in enumerate(self._places, 1):
+            groups.setdefault(tuple(place), set()).add(number)
+        while True:
+            heirs = [(await self._find_heir(numbers, sockets), sockets) for sockets, numbers in groups.items()]
+            others = self._workers - {heir for heir, _ in heirs}
+            for worker in others:
+                worker.drain()
+            with trio.move_on_after(self._timing.closing):
+                for worker in others:
+                    await worker.wait_closed()
+            # One that was told to go by somebody else meanwhile has emptied the queue once, and not for the last time.
+            if all((heir is not None and heir.serving) or not _waited_on(sockets) for heir, sockets in heirs):
+                return
+
+    async def _find_heir(self, numbers: set[int], sockets: Sequence[ListeningSocket]) -> WorkerProcess | None:
+        """A worker of these places that will empty its sockets; None: there is none, and nobody is queued."""
+        for worker in self.workers:
+            if worker.number in numbers and worker.serving and await worker.make_last():
+                return worker
+        while _waited_on(sockets):
+            starting = (
+                w for w in self.workers if w.number in numbers and not (w.settled.is_set() or w.draining.is_set())
+            )
+            try:
+                worker = next(starting, None) or await self._launch(min(numbers))
+            except ConfigurationError as exc:
+                log.error("%s", exc)  # noqa: TRY400 - the reason is all there is to it
+                return None
+            await worker.settled.wait()
+            if await worker.make_last():
+                return worker
+        return None
 
     def _close(self) -> None:
         for place in self._places:

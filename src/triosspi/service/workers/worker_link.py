@@ -45,6 +45,7 @@ class Order(enum.Enum):
     DRAIN = b"d"
     STOP = b"s"
     RELOAD = b"r"
+    LAST = b"l"
 
 
 class State(enum.Enum):
@@ -64,6 +65,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
       generation: number of the configuration that it serves by.
       refused: number of the one that it could not use last; 0: there was none.
       refusal: why, in one line.
+      last: it has heard `Order.LAST`: nobody else will have its sockets when it goes, and it will empty their queues.
       failure: why it cannot start, in one line.
     """
 
@@ -72,6 +74,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     generation: Annotated[int, msgspec.Meta(ge=0)] = 0
     refused: Annotated[int, msgspec.Meta(ge=0)] = 0
     refusal: Annotated[str, msgspec.Meta(max_length=LONGEST_FAILURE)] | None = None
+    last: bool = False
     failure: Annotated[str, msgspec.Meta(max_length=LONGEST_FAILURE)] | None = None
 
     def line(self) -> bytes:
@@ -200,6 +203,7 @@ class WorkerLink:
           under way, and end; by default as SIGTERM would.
       on_stop: called when the supervisor wants it to end at once, after ``on_parent_gone``; by default as SIGINT would.
       on_reload: called when there is something else to serve; by default as SIGHUP would.
+      on_last: called when it is the last one to have its sockets: who is queued on them when it goes is to be told so.
       newest: what to serve now.
     """
 
@@ -227,6 +231,7 @@ class WorkerLink:
         # Not SIGTERM: Trio makes one of two that come at once.
         self.on_stop: Callable[[], object] = lambda: signal.raise_signal(signal.SIGINT)
         self.on_reload: Callable[[], object] = lambda: signal.raise_signal(signal.SIGHUP)
+        self.on_last: Callable[[], object] = lambda: None
 
     async def run(self) -> NoReturn:
         """Send heartbeats and take orders, until cancelled."""
@@ -259,7 +264,7 @@ class WorkerLink:
             self._share.count = count
 
     def draining(self) -> None:
-        """It accepts no more clients, and will end."""
+        """It has closed its listening sockets, and will end."""
         self._leaving = True
         self._change(state=State.DRAINING)
 
@@ -324,6 +329,9 @@ class WorkerLink:
             self.on_stop()
         elif order == Order.RELOAD.value:
             self.on_reload()
+        elif order == Order.LAST.value and not self._leaving:
+            self.on_last()
+            self._change(last=True)
 
     def _leave(self) -> None:
         # A signal of somebody else's may have come before.
