@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
@@ -278,6 +280,38 @@ async def test_a_reload_that_hangs_holds_up_neither_clients_nor_the_end(folder: 
         program.expect("reading the configuration again", "err")
         await ask(port)
         assert await trio.to_thread.run_sync(program.stop) == 0
+    assert "Traceback" not in program.err
+
+
+@pytest.mark.parametrize("damage", ["removed", "replaced by a file", "full of nonsense", "nowhere to make another"])
+async def test_metrics_never_stop_workers_from_serving(folder: Path, tmp_path: Path, damage: str) -> None:
+    runtime = tmp_path / "run"
+    runtime.mkdir()
+    options = ("--metrics", "127.0.0.1:0")
+    with serving(folder, *options, env={"RUNTIME_DIRECTORY": str(runtime)}) as program:
+        port = program.expect_port()
+        address = program.expect(r"metrics and health on http://([^\s\"]+)", "err")[1]
+        (directory,) = runtime.iterdir()
+        if damage == "full of nonsense":
+            for name in ("counter_1.db", "gauge_livesum_2.db"):
+                (directory / name).write_bytes(b"nonsense" * 100)
+        else:
+            shutil.rmtree(directory)
+        if damage == "replaced by a file":
+            directory.write_text("")
+        if damage == "nowhere to make another":
+            runtime.rmdir()
+        for _ in range(2):
+            before = set(workers_of(program.process.pid))
+            os.kill(min(before), signal.SIGKILL)
+            answered = await ask_until(port, lambda answered, old=before: len(answered - old) == 1)  # type: ignore[misc]
+            assert min(before) not in answered
+        shown = await trio.to_thread.run_sync(lambda: urllib.request.urlopen(f"http://{address}/metrics").read())
+        assert b"triosspi_workers_ended_total 2.0" in shown
+        if damage in ("removed", "replaced by a file"):
+            # Those that have started since count.
+            assert b"triosspi_connections_accepted_total" in shown
+        assert program.stop() == 0
     assert "Traceback" not in program.err
 
 

@@ -29,7 +29,7 @@ from .demo import DemoAccount
 from .network.listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
 from .network.unix_sockets import UNIX
 from .observe.logs import configure as configure_logs
-from .observe.metrics import Metrics, WorkerMetrics
+from .observe.metrics import Metrics, WorkerMetrics, worker_metrics
 from .observe.notify import Notifier
 from .observe.status import Health, StatusServer
 from .observe.telemetry import Telemetry
@@ -186,6 +186,7 @@ class Program:
                     notifier=Notifier.from_environment(),
                     reload=self.reload_for_workers,
                     on_stop=partial(remove_socket_files, listeners),
+                    on_start=None if metrics is None else metrics.restore,
                     on_end=None if metrics is None else metrics.worker_died,
                 )
                 await supervisor.run(partial(started, listeners), partial(_show_health, supervisor, health))
@@ -238,7 +239,7 @@ class WorkerProgram:
         """Serve in this process as one of a supervisor's workers."""
         start, loaded = self.program.start, self.load()
         configure_logs(loaded.live.log.log_level, loaded.live.log.log_format)
-        telemetry = Telemetry(None if start.metrics.metrics is None else Metrics(worker=True))
+        telemetry = Telemetry(None if start.metrics.metrics is None else worker_metrics())
         server = Server(
             start,
             loaded,

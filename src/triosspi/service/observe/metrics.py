@@ -23,10 +23,11 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import struct
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Self
 
@@ -40,6 +41,7 @@ from prometheus_client.registry import Collector
 from ... import __version__
 from ..._errors import ConfigurationError
 from ...security.identity import Traffic
+from ..reasons import described
 
 log = logging.getLogger("triosspi.metrics")
 
@@ -81,6 +83,8 @@ _HANDSHAKE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 _LATENCY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 _VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
+# Bytes that a worker's files take, and a little more.
+_ROOM: Final = 2**19
 
 
 class Metrics:
@@ -99,6 +103,8 @@ class Metrics:
             raise ConfigurationError(f"a worker counts in files, and {_VARIABLE} was not set when it started")
         self._registry = CollectorRegistry()
         try:
+            if worker:
+                _check_room(Path(os.environ[_VARIABLE]))
             self._make()
         except OSError as exc:
             raise ConfigurationError(f"{_VARIABLE}: {exc}") from None
@@ -219,12 +225,28 @@ class Metrics:
 
         Where somebody else has set PROMETHEUS_MULTIPROC_DIR, it is what all processes with that directory count.
         """
-        return _render(_Files(Path(os.environ[_VARIABLE])) if in_files() else self._registry)
+        return _render(_Files(lambda: Path(os.environ[_VARIABLE])) if in_files() else self._registry)
 
 
 def in_files() -> bool:
     """Whether what this process counts is in files: PROMETHEUS_MULTIPROC_DIR was set when it started."""
     return values.ValueClass is not values.MutexValue and _VARIABLE in os.environ
+
+
+def worker_metrics() -> Metrics | None:
+    """A worker's `Metrics`; or None, with a word about it: that nobody counts is no reason not to serve."""
+    try:
+        return Metrics(worker=True)
+    except Exception as exc:  # noqa: BLE001 - a directory that is gone, a full disk, what prometheus_client makes of them
+        log.warning("this worker serves without metrics: %s", described(exc))
+        return None
+
+
+def _check_room(directory: Path) -> None:
+    # The files are mapped with holes in them; where the disk is full, filling one is SIGBUS, and no error.
+    with tempfile.TemporaryFile(dir=directory) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, _ROOM)
 
 
 class WorkerMetrics:
@@ -241,15 +263,14 @@ class WorkerMetrics:
     """
 
     def __init__(self) -> None:
-        where = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
         try:
-            self.directory = Path(tempfile.mkdtemp(prefix="triosspi-metrics-", dir=where))
+            self.directory = _make_directory()
         except OSError as exc:
             raise ConfigurationError(f"no directory for the workers' metrics: {exc}") from None
         # So that nobody counts a dead worker's file twice, or not at all, while it is being moved.
         self._lock = threading.Lock()
         self._registry = CollectorRegistry()
-        self._registry.register(_Files(self.directory))
+        self._registry.register(_Files(lambda: self.directory))
         self._ended = _Total("triosspi_workers_ended", "Workers that have ended, for whatever reason.")
         self._registry.register(self._ended)
         ProcessCollector(registry=self._registry)
@@ -258,6 +279,21 @@ class WorkerMetrics:
     def environment(self) -> Mapping[str, str]:
         """What must be in the environment of a worker from its start on."""
         return {_VARIABLE: str(self.directory)}
+
+    def restore(self) -> None:
+        """Make another directory where this one is gone: called before a worker starts, which would have none.
+
+        What was counted there is lost, and who had begun to count there counts for nobody.
+
+        Raises:
+          OSError: it cannot be made.
+        """
+        if _is_ours(self.directory):
+            return
+        with self._lock:
+            gone, self.directory = self.directory, _make_directory()
+        log.warning("somebody has removed %s, where workers counted: those that start now count elsewhere", gone)
+        os.environ.update(self.environment)
 
     def worker_died(self, pid: int) -> None:
         """Forget the gauges of a worker that has ended, and keep what it has counted."""
@@ -272,7 +308,8 @@ class WorkerMetrics:
                         # Without it the counters step back, once; with it no scrape would ever succeed again.
                         log.warning("what worker %d has counted cannot be read: %s", pid, exc)
                     left.unlink(missing_ok=True)
-            mark_process_dead(pid, str(self.directory))  # type: ignore[no-untyped-call]
+            if _is_ours(self.directory):
+                mark_process_dead(pid, str(self.directory))  # type: ignore[no-untyped-call]
 
     def exposition(self) -> bytes:
         """All of it, in Prometheus's text format (`CONTENT_TYPE`). Takes milliseconds."""
@@ -296,14 +333,35 @@ class WorkerMetrics:
 class _Files(Collector):
     """Collects what is in the files of a directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Callable[[], Path]) -> None:
         self._directory = directory
+        self._told = False
 
     def collect(self) -> Iterable[Metric]:
-        # A file is empty for a moment after a worker has made it, which the reader would take for a broken one.
-        files = [str(path) for path in sorted(self._directory.glob("*.db")) if path.stat().st_size]
-        metrics: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        try:
+            # A file is empty for a moment after a worker has made it, which the reader would take for a broken one.
+            files = [str(path) for path in sorted(self._directory().glob("*.db")) if path.stat().st_size]
+            metrics: Iterable[Metric] = MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call]
+        except Exception as exc:  # noqa: BLE001 - it may be anybody's doing, and the others' numbers are right
+            if not self._told:
+                self._told = True
+                log.warning("what the workers have counted cannot be read, and is not shown: %s", described(exc))
+            return []
         return metrics
+
+
+def _make_directory() -> Path:
+    where = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or None
+    return Path(tempfile.mkdtemp(prefix="triosspi-metrics-", dir=where))
+
+
+def _is_ours(directory: Path) -> bool:
+    # Whoever may write beside it may have put another in its place.
+    try:
+        status = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 class _Total(Collector):

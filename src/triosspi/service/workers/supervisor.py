@@ -40,7 +40,7 @@ import trio
 
 from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
-from ..reasons import only_configuration_errors, reason
+from ..reasons import described, only_configuration_errors, reason
 from ..reloading import Reading, watch_files
 from .balance import Board
 from .processes import COMMAND, Process, Timing, Work, WorkerProcess, spawn
@@ -64,6 +64,15 @@ class ListeningSocket(Protocol):
 
     def close(self) -> None:
         """May be called twice."""
+
+
+def _tell(whom: Callable[..., object] | None, *what: object) -> None:
+    """Tell somebody whose failure is none of the service."""
+    try:
+        if whom is not None:
+            whom(*what)
+    except Exception as exc:  # noqa: BLE001 - see above
+        log.error("%s; the service goes on", described(exc))  # noqa: TRY400 - the reason is all there is to it
 
 
 def _waited_on(sockets: Sequence[ListeningSocket]) -> bool:
@@ -110,6 +119,7 @@ class Supervisor:
       reload: called in a thread, for each SIGHUP and when a file has changed; returns what the workers serve from then
           on, those that are there and those that start later. Where it raises, or hangs, that is logged, and all stays
           as it is. None: nothing can be read again.
+      on_start: called before a worker is started. This and the next two may fail: that is logged, and is all.
       on_stop: called when it begins to stop, before the sockets are closed.
       on_end: called with the process number of each worker that has ended.
       spawn: starts a worker: see `spawn`, but for the command; for tests.
@@ -125,6 +135,7 @@ class Supervisor:
         sole: bool = False,
         notifier: Notifier | None = None,
         reload: Callable[[], Work] | None = None,
+        on_start: Callable[[], object] | None = None,
         on_stop: Callable[[], object] | None = None,
         on_end: Callable[[int], object] | None = None,
         spawn: Spawn = _SPAWN,
@@ -137,6 +148,7 @@ class Supervisor:
         self._sole = sole
         self._notifier = notifier if notifier is not None else Notifier(None)
         self._reading = None if reload is None else Reading(reload)
+        self._on_start = on_start
         self._on_stop = on_stop
         self._on_end = on_end
         self._spawn = spawn
@@ -277,6 +289,7 @@ class Supervisor:
         Raises:
           ConfigurationError: the system does not let it start.
         """
+        _tell(self._on_start)
         listeners = tuple(sock.fileno() for sock in self._places[number - 1])
         board = None if self._board is None else self._board.fileno()
         work = self._work
@@ -322,8 +335,7 @@ class Supervisor:
             self._workers.discard(worker)
             if self._board is not None and not any(other.number == worker.number for other in self._workers):
                 self._board.set(worker.number, None)
-            if self._on_end is not None:
-                self._on_end(worker.pid)
+            _tell(self._on_end, worker.pid)
             self._tell_status()
 
     # Telling
@@ -369,8 +381,7 @@ class Supervisor:
     async def _end(self) -> None:
         """Let all workers finish, and wait for it."""
         self._notifier.stopping()
-        if self._on_stop is not None:
-            self._on_stop()
+        _tell(self._on_stop)
         if self._sole and self._workers:
             self._handing_over.deadline = trio.current_time() + self._timing.hand_over
             with self._handing_over:
