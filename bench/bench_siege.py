@@ -1,15 +1,20 @@
-"""What those who are logged in notice of a siege: 2,000 half-open connections, and 1,000 logins a second that fail.
+"""What honest clients notice of a siege: those who are logged in, and those who want to.
 
     python bench/bench_siege.py [--quick]
 
-50 clients send 20 messages a second each, at times that were fixed before: a reply that is late makes the next one late, too,
+First, those who are logged in, among 2,000 half-open connections, and 1,000 logins a second that fail: 50 clients send 20 messages a second each, at times that were fixed before: a reply that is late makes the next one late, too,
 and the latency is counted from when a message should have been sent. Quiet time and siege take turns against one server.
 It is on one core, the clients and the attackers on the other, of which the attackers take what the clients leave
 (`attackers.py`).
 
 Two servers: one with the penalties that are there by default, which shut out an address after a few failed logins, so that most
 of the attackers' are closed when they come; and one without, which has to look at every one of them. Both let the half-open
-ones sit: by default no more than 500 of them could.
+ones sit for as long as they like.
+
+Then, newcomers: 20 a second on average, each from an address where nobody has logged in before, log in and have a message echoed
+by a server whose configuration is the default. Meanwhile 400 or 2,000 half-open connections sit there, each from an address of
+its own, and come back at once when they are thrown out; they have said nothing, one byte, or a first message. Counted is who
+has his echo within a second.
 """
 
 import heapq
@@ -27,6 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import load as clients
+import newcomers
 from baselines import servers
 from baselines.servers import Kind, Server, Setting, core
 from measure import versions
@@ -36,15 +42,18 @@ ESTABLISHED, PERIOD, SIZE = 50, 0.05, 32
 HALF_OPEN, RATE = 2_000, 1_000
 
 _ROOM = (
-    *("--max-unauthenticated", "4000", "--max-unauthenticated-per-source", "100"),
     # The half-open ones are to sit there, and not to be thrown out and to come back: that is what the others do.
-    *("--handshake-timeout", "1h", "--penalty-exempt", "127.1.0.0/24", "--log-level", "error"),
+    *("--handshake-timeout", "1h", "--penalty-exempt", "127.1.0.0/16", "--log-level", "error"),
 )
 _OURS = servers.OURS_NTLM
 KINDS = (
     replace(_OURS, name="with penalties", command=(*_OURS.command, *_ROOM)),
     replace(_OURS, name="without", command=(*_OURS.command, *_ROOM, "--no-penalties")),
 )
+DEFAULTS = replace(_OURS, name="newcomers", command=(*_OURS.command, "--log-level", "error"))
+SITTERS = tuple((number, says) for number in (400, 2_000) for says in ("nothing", "a byte", "a token"))
+NEWCOMERS, WITHIN = 20, "newcomers with their echo within 1 s, %"
+NEW_P50, NEW_P99 = "p50 of newcomers who got in, ms", "p99 of newcomers who got in, ms"
 P50, P99 = "p50 of those who are logged in, ms", "p99 of those who are logged in, ms"
 ATTACK = "the attackers', per second"
 QUIET, HALF, ALL = "quiet", "half-open ones", "and logins that fail"
@@ -103,11 +112,11 @@ class Siege:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
-    def set(self, half_open: int, rate: float) -> dict[str, int]:
+    def set(self, half_open: int, rate: float, says: str = "nothing") -> dict[str, int]:
         """How many there are to be from now on; returns what was done until now."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"half_open": half_open, "rate": rate}) + "\n")
+        self._process.stdin.write(json.dumps({"half_open": half_open, "says": says, "rate": rate}) + "\n")
         self._process.stdin.flush()
         done: dict[str, int] = json.loads(self._process.stdout.readline())
         return done
@@ -128,7 +137,7 @@ def siege(server: Server, where: Setting) -> Iterator[Siege]:
 
 def steps(_quick: bool, repeats: int) -> int:
     """How often `measure` advances."""
-    return repeats * len(KINDS) * len(STAGES)
+    return repeats * (len(KINDS) * len(STAGES) + len(SITTERS) + 1)
 
 
 def one_server(
@@ -170,6 +179,26 @@ def one_server(
     )
 
 
+def newcomers_of(where: Setting, repeats: int, seconds: float, advance: Advance) -> dict[str, dict[str, Figure]]:
+    """Who gets in, and how fast, by unit and by who sits there."""
+    found: dict[str, dict[str, list[float]]] = {WITHIN: {}, NEW_P50: {}, NEW_P99: {}}
+    rng = random.Random(7)
+    with servers.serve(DEFAULTS, where) as server, siege(server, where) as attackers:
+        for _ in range(repeats):
+            for number, says in ((0, "nothing"), *SITTERS):
+                what = f"{number:,} with {says}" if number else QUIET
+                attackers.set(number, 0, says)
+                took = newcomers.come(server.port, seconds, NEWCOMERS, rng)
+                good = [(seconds, 1) for seconds in took if seconds is not None]
+                found[WITHIN].setdefault(what, []).append(100 * len(good) / len(took))
+                for unit, share in ((NEW_P50, 0.5), (NEW_P99, 0.99)):
+                    # Nobody: as if it had been a whole second.
+                    value = clients.percentile(good, share) if good else newcomers.PATIENCE
+                    found[unit].setdefault(what, []).append(value * 1e3)
+                advance(f"newcomers: {what}")
+    return {unit: {row: Figure(tuple(values)) for row, values in rows.items()} for unit, rows in found.items()}
+
+
 def measure(quick: bool, repeats: int, advance: Advance) -> Outcome:
     """Run it all."""
     seconds = 1.0 if quick else 4.0
@@ -188,6 +217,10 @@ def measure(quick: bool, repeats: int, advance: Advance) -> Outcome:
             for stage in (HALF, ALL):
                 ratio = latencies[P99][stage].ratio_to(latencies[P99][QUIET])
                 outcome.goals.append(Goal(f"p99, {kind.name}: {stage} to quiet", ratio, 1.5))
+        for unit, rows in newcomers_of(where, repeats, seconds, advance).items():
+            outcome.figures[unit] = {DEFAULTS.name: rows}
+            if unit == WITHIN:
+                outcome.goals += [Goal(f"{unit}: {row}", figure, 99, "at least") for row, figure in rows.items()]
     return outcome
 
 

@@ -145,7 +145,7 @@ def serve(folder: Path, name: str) -> Iterator[Server]:
     ]
     command += ["--accounts", str(folder / "accounts"), *OPTIONS[name]]
     # All come from one address, and 1,000 at once that never log in.
-    command += ["--max-unauthenticated", "5000:1:5000", "--max-unauthenticated-per-source", "off", "--no-penalties"]
+    command += ["--max-unauthenticated", "5000", "--max-unauthenticated-per-source", "off", "--no-penalties"]
     environment = {**os.environ, "PYTHONPATH": str(BENCH), "BENCH_PASSWORD": PASSWORD}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "env": environment}
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes) as process:

@@ -94,13 +94,13 @@ def test_what_takes_a_restart_is_named_and_left_as_it_is(
 def test_workers_share_what_all_connections_together_may_take(tmp_path: Path, accounts: Path) -> None:
     sources = configured(
         tmp_path,
-        '[accept]\naccounts = "accounts"\n[limits]\nmax_connections = 1001\nmax_unauthenticated = "10:30:61"\n'
+        '[accept]\naccounts = "accounts"\n[limits]\nmax_connections = 1001\nmax_unauthenticated = "10:30:61"\nmax_waiting = 9\n'
         "max_unauthenticated_per_source = 7\n",
     )
     program, configuration = program_of(sources)
     alone, one_of_four = (program.make(configuration, share=share).live.limits for share in (1, 4))
-    assert (alone.max_connections, str(alone.max_unauthenticated)) == (1001, "10:30:61")
-    assert (one_of_four.max_connections, str(one_of_four.max_unauthenticated)) == (251, "3:30:16")
+    assert (alone.max_connections, alone.max_unauthenticated, alone.max_waiting) == (1001, 61, 9)
+    assert (one_of_four.max_connections, one_of_four.max_unauthenticated, one_of_four.max_waiting) == (251, 16, 3)
     assert one_of_four.max_unauthenticated_per_source == 7
 
 

@@ -33,7 +33,6 @@ from triosspi.service.config.settings import (
     all_options,
     only_by_restart,
 )
-from triosspi.service.network.admission import MaxStartups
 
 OPTIONS = all_options()
 by_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
@@ -103,7 +102,7 @@ def test_settings_are_values_that_can_go_to_another_process() -> None:
     settings = Settings(
         listen=Listen(unix=(Path("/run/x"),)),
         connections=Connections(proxy_from=(network("10.0.0.0/8"), network("fd00::/8"))),
-        limits=Limits(max_unauthenticated=MaxStartups(1, 2, 3)),
+        limits=Limits(max_unauthenticated=3),
         metrics=Metrics(metrics=("::1", 1)),
     )
     assert pickle.loads(pickle.dumps(settings)) == settings != Settings()
@@ -206,8 +205,9 @@ def test_metrics_are_for_other_machines_only_where_that_is_said(host: str) -> No
         ("max_session_bytes", "1TiB", 2**40),
         ("unix_mode", "0660", 0o660),
         ("unix_mode", "777", 0o777),
-        ("max_unauthenticated", "10:50:20", MaxStartups(10, 50, 20)),
-        ("max_unauthenticated", "7", MaxStartups(7, 100, 7)),
+        ("max_unauthenticated", "10:50:20", 20),
+        ("max_unauthenticated", "7", 7),
+        ("max_unauthenticated", 7, 7),
         ("proxy_from", ["10.0.0.0/8", "::1"], (network("10.0.0.0/8"), network("::1/128"))),
         ("proxy_from", [], ()),
         ("metrics", "127.0.0.1:0", ("127.0.0.1", 0)),
@@ -265,8 +265,16 @@ def test_values_are_read_as_they_are_meant(name: str, raw: object, value: object
         ("unix_mode", 0o600, 'in octal digits, such as "0660", not 384'),
         ("unix_mode", "0999", "octal"),
         ("unix_mode", "1777", "octal"),
-        ("max_unauthenticated", "500:30:100", "full not less than start"),
-        ("max_unauthenticated", 100, '"start:rate:full", such as "100:30:500", not 100'),
+        (
+            "max_unauthenticated",
+            "30:100",
+            'must be an integer, or "start:rate:full", of which only full counts, not "30:100"',
+        ),
+        ("max_unauthenticated", "10:30:60\n", "start:rate:full"),
+        ("max_unauthenticated", "1:1:" + "9" * 5000, "start:rate:full"),
+        ("max_unauthenticated", "10:30:0", "start:rate:full"),
+        ("max_unauthenticated", 0, "start:rate:full"),
+        ("max_unauthenticated", 1.5, "start:rate:full"),
         ("proxy_from", ["10.0.0.1/8"], "it names a host; the network is 10.0.0.0/8"),
         ("proxy_from", ["proxy.example"], 'must be an address or a network, such as "10.0.0.0/8", not "proxy.example"'),
         ("proxy_from", [167772160], "must be an address or a network"),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NoReturn, TypeAlias, cast
 
 import trio
 
@@ -22,7 +22,9 @@ from .lifecycle import shutting_down
 from .network.addresses import IPAddress
 from .network.admission import Admission, Dropped, Entry
 from .network.listening import source_of, tune
+from .network.login_stream import LoginStream, discard_input
 from .network.proxy_protocol import ProxyError, ProxyProtocol
+from .network.waiting import Stage
 from .observe.telemetry import SessionEnd, Telemetry
 from .sessions import LiveSession, Outcome, Sessions
 
@@ -34,6 +36,8 @@ End: TypeAlias = tuple[Outcome, str | None]
 #: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips, for
 #: which a busy machine may take seconds; who has only connected would hold up the stop for as long as a login may take.
 STOPPING_HANDSHAKE: Final = 5.0
+#: Seconds between two looks at who makes room, while somebody waits to be read.
+TURNS_INTERVAL: Final = 0.05
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,7 @@ class Service:
     make_tracer: Callable[[], Tracer] | None = None
     logged_in: Callable[[], None] | None = None
     _logging_in: set[trio.CancelScope] = field(default_factory=set)
+    _somebody_waits: trio.Event = field(default_factory=trio.Event)
 
     def stop(self) -> None:
         """Let everybody finish, and begin nothing new. See the head of `server`."""
@@ -94,6 +99,7 @@ class Service:
             await trio.aclose_forcefully(stream)
             return False
         if (entry := self._admit(*origin)) is None:
+            discard_input(stream)
             await trio.aclose_forcefully(stream)
             return False
         try:
@@ -133,17 +139,22 @@ class Service:
         try:
             with trio.move_on_after(self.limits.handshake_timeout) as in_time:
                 self._logging_in.add(in_time)
+                entry.on_evicted = in_time.cancel
                 if self.sessions.stopping:
                     self._hurry(in_time)
+                await self._wait_for_turn(stream, entry)
+                watched = LoginStream(stream, entry)
                 if self.proxies.expected_from(address):
                     # From a health check it is None: the balancer speaks for itself.
-                    told = await self.proxies.read_header(stream)
+                    told = await self.proxies.read_header(watched)
                     if told is not None:
                         address, source = told
                         entry.identify(address)
-                channel = self._channel(stream)
+                        await self._wait_for_turn(stream, entry)
+                channel = self._channel(stream, watched)
                 await channel.do_handshake()
-                authenticated = True
+                channel.transport_stream = stream
+                authenticated = not entry.evicted
         except Dropped as exc:
             self.telemetry.dropped(exc.cause, source)
         except ProxyError as exc:
@@ -157,11 +168,10 @@ class Service:
         finally:
             self._logging_in.discard(in_time)
             if not authenticated:
+                discard_input(stream)
                 await trio.aclose_forcefully(stream if channel is None else channel)
-        if in_time.cancelled_caught and self.sessions.stopping:
-            self.telemetry.dropped("draining", source)
-        elif in_time.cancelled_caught:
-            self._refused(entry, "timeout", source, f"no login within {self.limits.handshake_timeout:g} s", started)
+        if in_time.cancelled_caught:
+            self._out_of_time(entry, source, started)
         if channel is None or not authenticated:
             return None
         entry.authenticated()
@@ -174,6 +184,37 @@ class Service:
             self.logged_in()
         return session
 
+    def _out_of_time(self, entry: Entry, source: str, started: float) -> None:
+        if entry.evicted:
+            self.telemetry.dropped("evicted", source)
+        elif self.sessions.stopping:
+            self.telemetry.dropped("draining", source)
+        elif entry.stage is Stage.QUEUED:
+            # It has said all, and it was we who did not come to it.
+            self.telemetry.dropped("startups", source)
+        else:
+            self._refused(entry, "timeout", source, f"no login within {self.limits.handshake_timeout:g} s", started)
+
+    async def _wait_for_turn(self, stream: trio.SocketStream, entry: Entry) -> None:
+        if entry.stage is Stage.SILENT:
+            # Unread: what is not known to be worth it gets no memory and no place.
+            await trio.lowlevel.wait_readable(stream.socket)
+            entry.spoke()
+        if not entry.has_turn:
+            turn = trio.Event()
+            entry.on_turn = turn.set
+            self._somebody_waits.set()
+            await turn.wait()
+
+    async def keep_turns(self) -> NoReturn:
+        """Let those who sit make room for those who wait, until cancelled."""
+        while True:
+            await self._somebody_waits.wait()
+            self._somebody_waits = trio.Event()
+            while self.admission.queued:
+                await trio.sleep(TURNS_INTERVAL)
+                self.admission.advance()
+
     def _broken_off(self, exc: trio.BrokenResourceError, entry: Entry, source: str, started: float) -> None:
         cause = exc.__cause__
         if said_nothing(exc):
@@ -185,10 +226,11 @@ class Service:
         mechanism = cause.mechanism if isinstance(cause, AuthenticationError) else None
         self._refused(entry, "no_login" if left else "auth", source, str(exc), started, mechanism=mechanism)
 
-    def _channel(self, stream: trio.SocketStream) -> TCPChannel:
+    def _channel(self, stream: trio.SocketStream, watched: LoginStream) -> TCPChannel:
         tune(stream, self.keepalive)
         return SSPIChannel(
-            stream,
+            # For the handshake only, which asks no more of it.
+            cast(trio.SocketStream, watched),
             self.acceptor,
             wire=self.wire,
             max_message_size=self.max_message_size,

@@ -8,7 +8,7 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -307,11 +307,11 @@ def _part(limits: Limits, share: int) -> Limits:
 
     What is counted by source is not divided: nobody knows to which process a source's next connection goes.
     """
-    startups = limits.max_unauthenticated
     return msgspec.structs.replace(
         limits,
         max_connections=-(-limits.max_connections // share),
-        max_unauthenticated=replace(startups, start=-(-startups.start // share), full=-(-startups.full // share)),
+        max_unauthenticated=-(-limits.max_unauthenticated // share),
+        max_waiting=-(-limits.max_waiting // share),
     )
 
 

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -129,7 +128,7 @@ class Server:
             limits=live.limits,
             keepalive=live.connections.keepalive,
             proxies=ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix),
-            admission=Admission(live.limits, clock=time.monotonic, random=random.SystemRandom()),
+            admission=Admission(live.limits, clock=time.monotonic),
             sessions=sessions,
             telemetry=telemetry,
             make_tracer=make_tracer,
@@ -150,6 +149,7 @@ class Server:
             async with trio.open_nursery() as self._watches:
                 self._watches.start_soon(self._obey, received)
                 self._watches.start_soon(self._service.sessions.watch, self._watches)
+                self._watches.start_soon(self._service.keep_turns)
                 self._watches.start_soon(self._keep_beating)
                 if self._reading is not None:
                     self._watches.start_soon(self._reload_when_asked, self._reading)

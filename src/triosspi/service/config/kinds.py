@@ -10,9 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from ..._errors import ConfigurationError
 from ..network.addresses import IPNetwork
-from ..network.admission import MaxStartups
 from .cores import usable_cores
 
 
@@ -223,21 +221,21 @@ ADDRESS: Final = Kind(
 # What stands alone
 
 
-def _read_startups(raw: object) -> MaxStartups:
-    if not isinstance(raw, str):
-        raise ValueError  # noqa: TRY004 - the file's error, not the program's
-    try:
-        return MaxStartups.parse(raw)
-    except ConfigurationError as exc:
-        raise Explained(str(exc)) from None
+def _read_startups(raw: object) -> object:
+    # As OpenSSH's MaxStartups, "start:rate:full": an early drop at random is no more, and a full house is what it was.
+    if isinstance(raw, str):
+        match = re.fullmatch(r"(?:[0-9]{1,9}:[0-9]{1,3}:)?([0-9]{1,9})", raw)
+        if match is None:
+            raise ValueError
+        return int(match[1])
+    return raw
 
 
 STARTUPS: Final = Kind(
-    noun='"start:rate:full", such as "100:30:500"',
+    noun='an integer, or "start:rate:full", of which only full counts',
     read=_read_startups,
-    show=lambda value: f'"{value}"',
-    metavar="START:RATE:FULL",
-    types=(MaxStartups,),
+    show=str,
+    metavar="NUMBER",
 )
 WORKERS: Final = Kind(
     noun='"auto" or an integer',

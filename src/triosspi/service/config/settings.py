@@ -23,7 +23,6 @@ from msgspec import Meta, field
 from ..._wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
 from ...impersonation import DEFAULT_MIN_UID
 from ..network.addresses import IPNetwork
-from ..network.admission import MaxStartups
 from . import kinds
 from .options import About, LiveSection, Option, OptionError, Section, StartSection, options_of
 
@@ -154,12 +153,15 @@ class Limits(LiveSection, frozen=True, kw_only=True):
     max_connections_per_source: Annotated[
         Count | None, About("From one address (IPv6: one /64), logged in or not.", none="off")
     ] = None
+    # Each has up to a token (64 KiB) in memory, mostly 10 KiB. Sitting costs little, and being thrown out and coming back
+    # costs a handshake: so there are more places than a common attacker has connections.
     max_unauthenticated: Annotated[
-        MaxStartups, About("Refuse at random beyond START not logged in; all from FULL on.", kinds.STARTUPS)
-    ] = MaxStartups(100, 30, 500)
+        Count, About("How many are read before they have logged in; others wait.", kinds.STARTUPS)
+    ] = 2_500
     max_unauthenticated_per_source: Annotated[
-        Count | None, About("From one address (IPv6: one /64), not logged in.", none="off")
+        Count | None, About("The same from one address (IPv6: one /64); its others wait.", none="off")
     ] = 50
+    max_waiting: Annotated[Count, About("How many wait, unread; beyond, the longest silent one is dropped.")] = 2_500
     penalties: Annotated[bool, About("Shut out addresses whose logins fail, for a while.")] = True
     penalty_exempt: Annotated[
         tuple[IPNetwork, ...], About("Who is never shut out.", kinds.NETWORK, unset="nobody")

@@ -1,91 +1,62 @@
-"""Who may connect: what an attacker can take from a server before he has shown who he is.
+"""Who may connect, and who goes first: what an attacker can take from a server before he has shown who he is.
 
-Nothing here knows Trio or a socket, and the clock and the dice are given: the same calls give the same
-answers.
+Nothing here knows Trio or a socket, and the clock is given: the same calls give the same answers.
 """
 
 # What must hold, whoever connects
 # --------------------------------
-# A login costs this server a hundred times what it costs whoever fails it, and a connection that says
-# nothing costs a descriptor for the length of the handshake's deadline. So there are caps, on all
-# connections and on those that have not logged in. The second one begins to drop at random long before
-# it is reached, as OpenSSH's MaxStartups: an attacker who fills it to the brim still leaves an honest
-# client, who tries again, a fair chance with each slot that comes free; a hard limit would leave him none.
+# A login costs this server a hundred times what it costs whoever fails it, and a connection that says nothing costs a
+# descriptor for the length of the handshake's deadline. So what has not logged in has two limits: how many are read and
+# answered at a time (`max_unauthenticated`, each with up to a token of 64 KiB in memory), and how many more wait, unread
+# (`max_waiting`). Whoever says nothing takes none of the former.
 #
-# One source must not be able to use all of it up: per-source caps, and penalties for logins that failed,
-# as OpenSSH's PerSourcePenalties. A source is an IPv4 address or an IPv6 /64, which is the least that a
+# Where there is no room, it is made: whoever has waited longest for nothing but his own next word is dropped, and the
+# newcomer comes in. A lottery among newcomers, as OpenSSH's MaxStartups, refuses honest ones as often as attackers, and
+# a hard limit only honest ones; but an honest client speaks within a round trip, and who sits there does not. Who has
+# said nothing goes first, then who waits unread, then who has sent a part of a token (one byte a second protects
+# nobody), then who owes an answer to our challenge. Nobody is dropped within `PATIENCE`, so that an honest client has
+# the time of its round trip even when attackers come back as fast as they are dropped; nor while he waits for us.
+#
+# Whoever is served gives up the place in a moment, if all are honest; then those who wait follow in the order in which
+# they came. Where a place is free only because somebody was dropped who sat on it, there are attackers, and those who
+# wait are theirs, mostly, and will wait for longer than an honest client does: then the last who came is the first.
+#
+# A source that somebody has logged in from before is let in and served before all others, and dropped after them. That
+# holds for some of its connections at a time: there may be an attacker behind the same NAT.
+#
+# One source must not be able to use all of it up. Of one, so many are served at a time, and the rest waits its turn; the
+# sources have turns, one each; the source that has the most is the first to give one up. And penalties are for logins
+# that failed, as OpenSSH's PerSourcePenalties. A source is an IPv4 address or an IPv6 /64, which is the least that a
 # customer is given: counted by single addresses, one machine would be 2^64 sources.
 #
 # Whatever is remembered is bounded, and the work per call too: an attacker with many addresses would
 # otherwise turn the defence into the attack. Counters live as long as the connections that they count,
-# so there are never more of them than `max_connections`. Penalties have a table of a fixed size, see
-# `penalties`.
+# so there are never more of them than `max_connections`. Penalties and acquaintances have tables of a fixed size, see
+# `penalties` and `acquaintances`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, Literal, Protocol, TypeAlias
+import math
+from collections.abc import Callable, Hashable
+from typing import Final, Protocol
 
-from ..._errors import ConfigurationError, printable
-from .addresses import IPAddress, IPNetwork, canonical_networks, is_in, unmapped
-from .penalties import Failure, Penalties, PenaltyPolicy
+from .addresses import IPAddress, unmapped
+from .penalties import Failure, PenaltyPolicy
+from .sources import DropCause, Dropped, SourceLimits, Sources, source_key
+from .waiting import Line, Queue, Stage
 
-DropCause: TypeAlias = Literal["penalty", "connections", "source_connections", "source_unauthenticated", "startups"]
+__all__ = ["Admission", "AdmissionLimits", "Dropped", "Entry"]
 
-_MAX_STARTUPS: Final = re.compile(r"([0-9]{1,9})(?::([0-9]{1,3}):([0-9]{1,9}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class MaxStartups:
-    """A cap on connections that have not logged in, with random early drop: OpenSSH's ``start:rate:full``.
-
-    Attributes:
-      start: from so many on, a newcomer may be dropped.
-      rate: how likely that is with ``start`` of them, in percent; it grows evenly until
-      full: with so many, every newcomer is dropped.
-
-    Raises:
-      ConfigurationError: a number is out of range, or ``full`` is less than ``start``.
-    """
-
-    start: int
-    rate: int
-    full: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.start <= self.full:
-            raise ConfigurationError(f"{self}: start must be at least 1, and full not less than start")
-        if not 1 <= self.rate <= 100:
-            raise ConfigurationError(f"{self}: the rate is a percentage, 1 to 100")
-
-    @classmethod
-    def parse(cls, text: str) -> MaxStartups:
-        """Read ``"100:30:500"``, or ``"500"`` for a plain limit without early drop.
-
-        Raises:
-          ConfigurationError: it is neither.
-        """
-        match = _MAX_STARTUPS.fullmatch(text)
-        if match is None:
-            raise ConfigurationError(f"{printable(text)} is not start:rate:full, such as 100:30:500")
-        start, rate, full = match.groups()
-        return cls(int(start), 100, int(start)) if full is None else cls(int(start), int(rate), int(full))
-
-    def __str__(self) -> str:
-        return f"{self.start}:{self.rate}:{self.full}"
-
-    def percentage(self, pending: int) -> float:
-        """How likely a newcomer is dropped while ``pending`` others have not logged in, in percent."""
-        if pending < self.start:
-            return 0.0
-        if pending >= self.full:
-            return 100.0
-        return self.rate + (100 - self.rate) * (pending - self.start) / (self.full - self.start)
+#: Seconds in which nobody is dropped for another's sake: the longest round trip, and some time to think. What opens a
+#: connection to log in speaks at once; were there more time, attackers who come back at once would always be too young.
+PATIENCE: Final = {Stage.SILENT: 0.1, Stage.QUEUED: 1.0, Stage.PARTIAL: 1.0, Stage.CHALLENGED: 1.0}
+# Of more that must go, so many go with each call.
+_PER_CALL: Final = 32
+_UNREAD: Final = (Stage.SILENT, Stage.QUEUED)
+_SERVED: Final = (Stage.PARTIAL, Stage.CHALLENGED)
 
 
-class AdmissionLimits(Protocol):
+class AdmissionLimits(SourceLimits, Protocol):
     """What is read of the settings."""
 
     @property
@@ -93,75 +64,70 @@ class AdmissionLimits(Protocol):
         """The most at a time."""
 
     @property
-    def max_connections_per_source(self) -> int | None:
-        """The most of one source; None does not limit it."""
+    def max_unauthenticated(self) -> int:
+        """The most that are read and answered before they have logged in."""
 
     @property
-    def max_unauthenticated(self) -> MaxStartups:
-        """The most that have not logged in."""
-
-    @property
-    def max_unauthenticated_per_source(self) -> int | None:
-        """The most of one source that have not logged in; None does not limit it."""
-
-    @property
-    def penalties(self) -> bool:
-        """Whether failed logins are held against their source."""
-
-    @property
-    def penalty_exempt(self) -> tuple[IPNetwork, ...]:
-        """Networks whose failed logins are not."""
+    def max_waiting(self) -> int:
+        """The most that wait, unread."""
 
 
-class RandomSource(Protocol):
-    """`random.Random`, or what stands in for it."""
-
-    def random(self) -> float:
-        """A number from 0 to less than 1."""
-
-
-class Dropped(Exception):
-    """A connection that may not be; it is to be closed without a word.
-
-    Attributes:
-      cause: which limit it met.
-    """
-
-    def __init__(self, cause: DropCause) -> None:
-        super().__init__(cause)
-        self.cause: DropCause = cause
-
-
-class _Source:
-    """The connections of one source; it exists while there are any."""
-
-    __slots__ = ("connections", "pending")
-
-    def __init__(self) -> None:
-        self.connections = 0
-        self.pending = 0
+def _nothing() -> None:
+    pass
 
 
 class Entry:
     """One connection that was admitted. Whoever got it must `close` it in the end, whatever happened.
 
-    After that, the other methods do nothing: a late word about a connection that is gone must not
-    disturb the counters.
+    After that, and after it was evicted, the other methods do nothing: a late word about a connection that is gone
+    must not disturb the counters.
+
+    Attributes:
+      stage: how far it is; None: it has logged in.
+      busy: it has said all, and waits for us.
+      favoured: somebody has logged in from its source before.
+      evicted: it was dropped for another's sake, and is to be closed.
+      on_turn: called when it may be read and answered.
+      on_evicted: called when it is evicted.
     """
 
-    __slots__ = ("_address", "_closed", "_failed", "_ledger", "_pending")
+    __slots__ = (
+        *("_address", "_closed", "_failed", "_ledger"),
+        *("busy", "evicted", "favoured", "on_evicted", "on_turn", "stage"),
+    )
 
     def __init__(self, ledger: _Ledger, address: IPAddress | None) -> None:
         self._ledger = ledger
         self._address = address
-        self._pending = True
         self._failed = False
         self._closed = False
+        self.stage: Stage | None = None
+        self.busy = False
+        self.favoured = False
+        self.evicted = False
+        self.on_turn: Callable[[], object] = _nothing
+        self.on_evicted: Callable[[], object] = _nothing
+
+    @property
+    def source(self) -> Hashable:
+        """What it has in common with others of the same source; whoever is unknown is alone."""
+        return self if self._address is None else source_key(self._address)
+
+    @property
+    def address(self) -> IPAddress | None:
+        """Where it comes from, as far as that is known."""
+        return self._address
+
+    @property
+    def has_turn(self) -> bool:
+        """Whether it may be read and answered."""
+        return self.stage is None or self.stage in _SERVED
 
     def identify(self, address: IPAddress | None) -> None:
         """Tell where the connection really comes from, once a proxy has said so.
 
-        It was counted by no source until now. When it is refused it still is an entry, to be closed.
+        It was counted by no source until now, and may have to wait for its turn again, see `has_turn`. When it is
+        refused it still is an entry, to be closed.
 
         Args:
           address: None leaves the source unknown (the proxy's own client came through a unix socket).
@@ -175,16 +141,30 @@ class Entry:
         if address is None or self._closed:
             return
         address = unmapped(address)
-        self._ledger.check_penalty(address)
-        self._ledger.check_counts(address)
-        self._ledger.count(address, pending=self._pending)
-        self._address = address
+        self._ledger.sources.check(address)
+        stage = self._ledger.leave(self)
+        self._address, self.busy = address, False
+        self._ledger.come(self, Stage.QUEUED if stage in _SERVED else stage)
+        self._ledger.serve_next()
+
+    def spoke(self) -> None:
+        """Tell that something has come: now it wants to be served."""
+        if self.stage is Stage.SILENT and not self._closed:
+            self._ledger.move(self, Stage.QUEUED)
+            self._ledger.serve_next()
+
+    def answered(self) -> None:
+        """Tell that the peer's token was answered: the next word is the peer's."""
+        if self.stage in _SERVED and not self._closed:
+            self._ledger.move(self, Stage.CHALLENGED)
 
     def authenticated(self) -> None:
         """Tell that the peer has logged in."""
-        if self._pending and not self._closed:
-            self._pending = False
-            self._ledger.settle(self._address)
+        if self.stage is not None and not self._closed:
+            # They hold what the login needed, and nothing is needed for days.
+            self.on_turn = self.on_evicted = _nothing
+            self._ledger.settle(self)
+            self._ledger.serve_next()
 
     def failed(self, failure: Failure) -> None:
         """Tell why the peer has not logged in; only the first time counts, and nothing does after a login.
@@ -192,16 +172,26 @@ class Entry:
         Args:
           failure: see `PenaltyPolicy`.
         """
-        if self._pending and not self._failed and not self._closed:
+        if self.stage is not None and not self._failed and not self._closed:
             self._failed = True
             if self._address is not None:
-                self._ledger.penalise(self._address, failure)
+                self._ledger.sources.penalise(self._address, failure)
+
+    def evict(self) -> None:
+        """Drop it for another's sake."""
+        if not self.favoured and self.stage is not Stage.QUEUED:
+            # Who was queued has said his, and it was we who did not listen.
+            self.failed("evicted")
+        self.evicted = self._closed = True
+        self._ledger.leave(self)
+        self.on_evicted()
 
     def close(self) -> None:
         """Tell that the connection is gone. May be called more than once."""
         if not self._closed:
             self._closed = True
-            self._ledger.leave(self._address, pending=self._pending)
+            self._ledger.leave(self)
+            self._ledger.serve_next()
 
 
 class Admission:
@@ -212,19 +202,12 @@ class Admission:
     Args:
       limits: what is allowed.
       clock: seconds that never go back.
-      random: the dice of the early drop.
       policy: the sizes of penalties.
     """
 
     def __init__(
-        self,
-        limits: AdmissionLimits,
-        *,
-        clock: Callable[[], float],
-        random: RandomSource,
-        policy: PenaltyPolicy | None = None,
+        self, limits: AdmissionLimits, *, clock: Callable[[], float], policy: PenaltyPolicy | None = None
     ) -> None:
-        self._random = random
         self._ledger = _Ledger(limits, clock, policy or PenaltyPolicy())
 
     def reconfigure(self, limits: AdmissionLimits) -> None:
@@ -233,11 +216,12 @@ class Admission:
         Penalties stand, unless they are switched off: then they are forgotten.
         """
         self._ledger.take(limits)
+        self._ledger.serve_next()
 
     @property
     def pending(self) -> int:
         """Connections that have not logged in."""
-        return self._ledger.pending
+        return self._ledger.unread + self._ledger.served
 
     @property
     def established(self) -> int:
@@ -245,12 +229,21 @@ class Admission:
         return self._ledger.established
 
     @property
+    def queued(self) -> bool:
+        """Whether somebody waits to be served: then `advance` must be called from time to time."""
+        return self._ledger.queued
+
+    @property
     def penalised(self) -> int:
         """Sources that penalties are remembered of, whether they are refused for it or not."""
-        return sum(map(len, self._ledger.penalties.values()))
+        return sum(map(len, self._ledger.sources.penalties.values()))
+
+    def advance(self) -> None:
+        """Let time do its work: who sits among those who are served makes room when ours is over, see `PATIENCE`."""
+        self._ledger.serve_next()
 
     def admit(self, address: IPAddress | None) -> Entry:
-        """Let a newcomer in.
+        """Let a newcomer in, if need be by dropping another.
 
         Args:
           address: where it connects from; None for a unix socket, or for a proxy that has not yet said
@@ -263,103 +256,166 @@ class Admission:
         limits = ledger.limits
         if address is not None:
             address = unmapped(address)
-            ledger.check_penalty(address)
-        if ledger.pending + ledger.established >= limits.max_connections:
-            raise Dropped("connections")
-        if address is not None:
-            ledger.check_counts(address)
-        # The dice at last: no draw is spent on whom something else keeps out.
-        percentage = limits.max_unauthenticated.percentage(ledger.pending)
-        if percentage and (percentage >= 100 or self._random.random() * 100 < percentage):
-            raise Dropped("startups")
-        ledger.pending += 1
-        if address is not None:
-            ledger.count(address, pending=True)
-        return Entry(ledger, address)
+            ledger.sources.check(address)
+        known = address is not None and ledger.sources.favours(source_key(address))
+        excess = self.pending + ledger.established + 1 - limits.max_connections
+        ledger.make_room(excess, tuple(Stage), "connections", known=known)
+        ledger.make_room(ledger.unread + 1 - limits.max_waiting, _UNREAD, "startups", known=known)
+        entry = Entry(ledger, address)
+        ledger.come(entry, Stage.SILENT)
+        # If one of those who are served has gone for it.
+        ledger.serve_next()
+        return entry
 
 
 class _Ledger:
-    """The counters and penalties, which an `Admission` shares with its entries.
+    """Who is there, which an `Admission` shares with its entries.
 
     Attributes:
       limits: see `Admission`.
-      pending: see `Admission`.
+      sources: where they come from.
+      unread: connections that have not logged in and are not served.
+      served: connections that have not logged in and are.
       established: see `Admission`.
-      penalties: by IP version.
     """
 
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float], policy: PenaltyPolicy) -> None:
         self._clock = clock
-        self._policy = policy
-        self.pending = 0
+        self.limits = limits
+        self.sources = Sources(limits, clock, policy)
+        self.unread = 0
+        self.served = 0
         self.established = 0
-        self.penalties = {4: Penalties(policy), 6: Penalties(policy)}
-        self._sources: dict[int, _Source] = {}
-        self.take(limits)
+        # By whether somebody has logged in from there before.
+        self._lines: dict[bool, dict[Stage, Line[Entry]]] = {
+            favoured: {stage: Line() for stage in Stage} for favoured in (False, True)
+        }
+        self._queues: dict[bool, Queue[Entry]] = {favoured: Queue() for favoured in (False, True)}
 
     def take(self, limits: AdmissionLimits) -> None:
         """Use these limits from now on."""
         self.limits = limits
-        self._exempt = canonical_networks(limits.penalty_exempt)
-        if not limits.penalties:
-            for table in self.penalties.values():
-                table.clear()
+        self.sources.take(limits)
+        for source in self.sources:
+            self._resume(source)
 
-    def check_penalty(self, address: IPAddress) -> None:
-        """Raise `Dropped` where the source is not free to come."""
-        if not self.limits.penalties:
-            return
-        refused = self.penalties[address.version].refuses(source_key(address), self._clock())
-        if refused and not is_in(address, self._exempt):
-            raise Dropped("penalty")
+    # Coming and going
 
-    def check_counts(self, address: IPAddress) -> None:
-        """Raise `Dropped` where the source has as many connections as it may."""
-        source = self._sources.get(source_key(address))
-        connections, pending = (0, 0) if source is None else (source.connections, source.pending)
-        limits = self.limits
-        if limits.max_connections_per_source is not None and connections >= limits.max_connections_per_source:
-            raise Dropped("source_connections")
-        if limits.max_unauthenticated_per_source is not None and pending >= limits.max_unauthenticated_per_source:
-            raise Dropped("source_unauthenticated")
+    def come(self, entry: Entry, stage: Stage | None) -> None:
+        """There is one more, of a source that is known or is not."""
+        key = entry.source
+        entry.favoured = stage is not None and isinstance(key, int) and self.sources.favours(key)
+        self.sources.come(key, favoured=entry.favoured)
+        self._enter(entry, stage)
 
-    def count(self, address: IPAddress, *, pending: bool) -> None:
-        """One more of this source."""
-        # Also while no cap asks for it: a reload may set one.
-        source = self._sources.setdefault(source_key(address), _Source())
-        source.connections += 1
-        source.pending += pending
+    def leave(self, entry: Entry) -> Stage | None:
+        """One is gone; returns the stage that it was at."""
+        stage = entry.stage
+        self._exit(entry)
+        self.sources.leave(entry.source, favoured=entry.favoured)
+        return stage
 
-    def settle(self, address: IPAddress | None) -> None:
+    def move(self, entry: Entry, stage: Stage) -> None:
+        """One is at another stage."""
+        self._exit(entry)
+        self._enter(entry, stage)
+
+    def settle(self, entry: Entry) -> None:
         """One has logged in."""
-        self.pending -= 1
-        self.established += 1
-        if address is not None:
-            self._sources[source_key(address)].pending -= 1
+        self._exit(entry)
+        self.sources.logged_in(entry.source, favoured=entry.favoured)
+        entry.favoured = False
+        self._enter(entry, None)
 
-    def leave(self, address: IPAddress | None, *, pending: bool) -> None:
-        """One is gone."""
-        self.pending -= pending
-        self.established -= not pending
-        if address is not None:
-            key = source_key(address)
-            source = self._sources[key]
-            source.connections -= 1
-            source.pending -= pending
-            if not source.connections:
-                del self._sources[key]
+    def _enter(self, entry: Entry, stage: Stage | None) -> None:
+        entry.stage = stage
+        if stage is None:
+            self.established += 1
+            return
+        self._lines[entry.favoured][stage].add(entry, entry.source, self._clock())
+        if stage is Stage.QUEUED:
+            self._queues[entry.favoured].add(entry, entry.source)
+        self._count(entry.source, stage, 1)
 
-    def penalise(self, address: IPAddress, failure: Failure) -> None:
-        """One has failed to log in."""
-        if self.limits.penalties and not is_in(address, self._exempt):
-            table = self.penalties[address.version]
-            table.add(source_key(address), self._policy.seconds(failure), self._clock())
+    def _exit(self, entry: Entry) -> None:
+        stage = entry.stage
+        if stage is None:
+            self.established -= 1
+            return
+        self._lines[entry.favoured][stage].remove(entry, entry.source)
+        if stage is Stage.QUEUED:
+            self._queues[entry.favoured].remove(entry, entry.source)
+        self._count(entry.source, stage, -1)
 
+    def _count(self, source: Hashable, stage: Stage, change: int) -> None:
+        if stage in _UNREAD:
+            self.unread += change
+            return
+        self.served += change
+        self.sources.served(source, change)
+        if change < 0:
+            self._resume(source)
 
-def source_key(address: IPAddress) -> int:
-    """The source that an `unmapped` address belongs to: all of IPv4, or the first 64 bits of IPv6.
+    def _resume(self, source: Hashable) -> None:
+        for queue in self._queues.values():
+            queue.resume(source)
 
-    A number, since it is kept for each connection; those of IPv6 begin behind IPv4's.
-    """
-    number = int(address)
-    return number if address.version == 4 else (1 << 32) + (number >> 64)
+    # Who is dropped, and who is served
+
+    @property
+    def queued(self) -> bool:
+        """Whether somebody waits to be served."""
+        return any(len(lines[Stage.QUEUED]) for lines in self._lines.values())
+
+    def make_room(self, excess: int, stages: tuple[Stage, ...], cause: DropCause, *, known: bool) -> None:
+        """Drop so many, at these stages, the first of them first.
+
+        Args:
+          excess: may be less than 1: then there is room.
+          stages: see above.
+          cause: why the newcomer is refused where there is nobody to be dropped.
+          known: whether somebody has logged in from where it comes from; then it waits for no silent stranger's `PATIENCE`.
+
+        Raises:
+          Dropped: there is nobody, or not enough.
+        """
+        for _ in range(min(excess, _PER_CALL)):
+            victim = self._victim(stages)
+            if victim is None and known:
+                victim = self._lines[False][Stage.SILENT].first(math.inf)
+            if victim is None:
+                raise Dropped(cause)
+            victim.evict()
+        if excess > _PER_CALL:
+            # A reload has made it less by far.
+            raise Dropped(cause)
+
+    def _victim(self, stages: tuple[Stage, ...]) -> Entry | None:
+        now = self._clock()
+        for lines in self._lines.values():
+            for stage in stages:
+                if (victim := lines[stage].first(now - PATIENCE[stage])) is not None:
+                    return victim
+        return None
+
+    def serve_next(self) -> None:
+        """Let those be served for whom there is a place, or can be made."""
+        while self.queued:
+            victim = None
+            if self.served >= self.limits.max_unauthenticated and (victim := self._victim(_SERVED)) is None:
+                return
+            entry = self._next(newest=victim is not None)
+            if entry is None:
+                return
+            if victim is not None:
+                victim.evict()
+            self.move(entry, Stage.PARTIAL)
+            entry.on_turn()
+
+    def _next(self, *, newest: bool) -> Entry | None:
+        may = self.sources.may_be_served
+        if (entry := self._queues[True].next(may)) is not None:
+            return entry
+        if newest and (entry := self._lines[False][Stage.QUEUED].newest(lambda entry: may(entry.source))) is not None:
+            return entry
+        return self._queues[False].next(may)

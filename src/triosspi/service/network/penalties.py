@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-Failure: TypeAlias = Literal["auth", "no_login", "timeout", "protocol"]
+Failure: TypeAlias = Literal["auth", "no_login", "timeout", "evicted", "protocol"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,8 @@ class PenaltyPolicy:
       auth: seconds for a login that was refused (authfail).
       no_login: seconds for a connection that left without having tried (noauth).
       timeout: seconds for one that sat there until the handshake's deadline (grace-exceeded).
+      evicted: seconds for one that sat there until its place was needed (OpenSSH has none). Without it, attackers who come
+        back as fast as they are dropped would do so for ever.
       protocol: seconds for input that no honest client sends and that this server could not handle (crash).
       most: seconds, however often it happens (max).
       least: seconds that must add up before the source is refused (min).
@@ -30,6 +32,7 @@ class PenaltyPolicy:
     auth: float = 5.0
     no_login: float = 1.0
     timeout: float = 10.0
+    evicted: float = 5.0
     protocol: float = 90.0
     most: float = 600.0
     least: float = 15.0

@@ -53,7 +53,7 @@ MECHANISMS: Final = ("kerberos", "ntlm", "unknown")
 HANDSHAKE_OUTCOMES: Final = ("accepted", "timeout", "refused")
 DROP_CAUSES: Final = (
     "startups",
-    "source_unauthenticated",
+    "evicted",
     "source_connections",
     "connections",
     "penalty",

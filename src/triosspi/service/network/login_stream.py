@@ -1,0 +1,63 @@
+"""A connection's stream while its peer logs in: it tells who waits for whom."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Final
+
+import trio
+
+from .admission import Entry
+
+_PIECES: Final = 4
+_PIECE: Final = 65_536
+
+
+class LoginStream(trio.abc.HalfCloseableStream):
+    """The stream underneath; what goes over it is told to the connection's entry.
+
+    A channel has it only for the time of its handshake: whoever is logged in pays nothing for it.
+
+    Args:
+      stream: the stream underneath.
+      entry: is told.
+    """
+
+    def __init__(self, stream: trio.SocketStream, entry: Entry) -> None:
+        self._stream = stream
+        self._entry = entry
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """See `trio.abc.ReceiveStream.receive_some` for details."""
+        # Asking for more with nothing sent in between is waiting on: one byte a second does not make a peer younger.
+        self._entry.busy = False
+        data = await self._stream.receive_some(max_bytes)
+        self._entry.busy = True
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See `trio.abc.SendStream.send_all` for details."""
+        self._entry.answered()
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block` for details."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """See `trio.abc.HalfCloseableStream.send_eof` for details."""
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """See `trio.abc.AsyncResource.aclose` for details."""
+        await self._stream.aclose()
+
+
+def discard_input(stream: trio.SocketStream) -> None:
+    """Throw away what has come and nobody has read: with that, closing would send a RST in place of an end."""
+    if os.name == "posix":
+        with suppress(OSError):
+            for _ in range(_PIECES):
+                if not os.read(stream.socket.fileno(), _PIECE):
+                    break
