@@ -52,6 +52,7 @@ KINDS = (
 )
 DEFAULTS = replace(_OURS, name="newcomers", command=(*_OURS.command, "--log-level", "error"))
 SITTERS = tuple((number, says) for number in (400, 2_000) for says in ("nothing", "a byte", "a token"))
+SETTLING = 8.0
 NEWCOMERS, WITHIN = 20, "newcomers with their echo within 1 s, %"
 NEW_P50, NEW_P99 = "p50 of newcomers who got in, ms", "p99 of newcomers who got in, ms"
 P50, P99 = "p50 of those who are logged in, ms", "p99 of those who are logged in, ms"
@@ -188,6 +189,8 @@ def newcomers_of(where: Setting, repeats: int, seconds: float, advance: Advance)
             for number, says in ((0, "nothing"), *SITTERS):
                 what = f"{number:,} with {says}" if number else QUIET
                 attackers.set(number, 0, says)
+                # Until all of them have been accepted, and those before them have gone.
+                time.sleep(SETTLING)
                 took = newcomers.come(server.port, seconds, NEWCOMERS, rng)
                 good = [(seconds, 1) for seconds in took if seconds is not None]
                 found[WITHIN].setdefault(what, []).append(100 * len(good) / len(took))

@@ -40,7 +40,7 @@ from triosspi import (
     SSPIChannel,
     UnsealError,
 )
-from triosspi._tcp import ServerStatistics, serve_connection
+from triosspi._tcp import ServerStatistics, Tickets, serve_connection
 from triosspi.security.accounts import AccountTable, parse, parse_line
 from triosspi.security.context import SecurityContext
 from triosspi.security.sealers import ProxySealer
@@ -213,7 +213,7 @@ async def test_no_exception_of_a_handler_leads_to_a_key(secrets: Secrets, caplog
 
     counts = ServerStatistics()
     await trio.aclose_forcefully(client)
-    await serve_connection(server, handler, 10, counts)
+    await serve_connection(server, handler, 10, counts, Tickets())
     assert counts.handler_errors == 1
     client, server = await connected_channels()
     tampered = bytearray(seal_from(client, b"hello"))

@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from forge import Client
-from test_server import LOCAL, Running, serving
-from triosspi.service.config.settings import Limits, Listen
+from test_server import Running, serving
+from triosspi.service.config.settings import Connections, Limits
 from triosspi.service.network import admission
 from triosspi.service.network.waiting import Stage
 
@@ -137,9 +137,9 @@ async def test_who_waits_unread_until_the_deadline_is_not_held_to_have_failed() 
 
 
 async def test_clients_behind_a_proxy_have_turns_by_their_own_addresses() -> None:
-    listen = Listen(hosts=(LOCAL,), port=0, proxy_from=(ip_network("127.0.0.0/8"),))
+    proxies = Connections(proxy_from=(ip_network("127.0.0.0/8"),))
     limits = Limits(max_unauthenticated_per_source=1)
-    async with serving(listen=listen, limits=limits) as running:
+    async with serving(connections=proxies, limits=limits) as running:
         sitting = [await _proxied(running, "192.0.2.1", A_TOKEN) for _ in range(3)]
         assert await sitting[0].receive_some()
         other = await _proxied(running, "192.0.2.2", A_TOKEN)

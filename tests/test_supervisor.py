@@ -206,7 +206,9 @@ async def scene(
                 if isinstance(life, OSError):
                     raise life
                 given = Plan.take(os.dup(plan))
-                assert (*given.listeners, *([] if given.board is None else [given.board])) == tuple(listeners)
+                assert given.tables is not None
+                shared = (*([] if given.board is None else [given.board]), given.tables[0])
+                assert (*given.listeners, *shared) == tuple(listeners)
                 assert given.listeners == (sock.fileno(),)
                 assert given.contested == (given.listeners if places > 1 else ())
                 end = WorkerLink(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from forge import Client
 from harness import PASSWORD, make_initiator
 from programs import PATIENCE, Running, run, running
 from triosspi import SSPIChannel, open_sspi_over_tcp_channel
@@ -98,6 +99,31 @@ async def test_every_worker_serves_clients_on_the_one_port(folder: Path, sockets
         assert await ask_until(port, lambda answered: len(answered) == 2) == pids
         assert program.stop() == 0
     assert "Traceback" not in program.err
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+async def test_wrong_passwords_are_looked_at_as_often_with_any_number_of_workers(folder: Path, number: int) -> None:
+    client = Client(password="not this one")
+    hello = _framed(client.negotiate())
+    looked_at = 0
+    with serving(folder, "--workers", str(number)) as program:
+        port = program.expect_port()
+        for _ in range(200):
+            with trio.fail_after(PATIENCE), suppress(trio.BrokenResourceError):
+                async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                    await stream.send_all(hello)
+                    if challenge := await stream.receive_some():
+                        await stream.send_all(_framed(client.authenticate(bytes(challenge[4:]))))
+                        assert not await stream.receive_some()
+                        looked_at += 1
+        assert program.stop() == 0
+    # One after the other: three cost nothing, the fourth is one too many. A machine that takes its time forgets a second of
+    # each of them per second.
+    assert 4 <= looked_at < 10
+
+
+def _framed(token: bytes) -> bytes:
+    return len(token).to_bytes(4, "little") + token
 
 
 async def test_the_demo_account_is_one_for_all_workers(folder: Path) -> None:

@@ -163,11 +163,14 @@ class AuthenticationError(RemoteProtocolError):
 
     Attributes:
       mechanism (str | None): ``"ntlm"`` or ``"kerberos"``, where the handshake had come to one.
+      principal (str | None): as whom the peer tried to log in by NTLM, where it came to that: an account's own name, or
+          the name that the peer chose, of any length and whatever is in it, if there is none. To count by, not to be shown.
     """
 
-    def __init__(self, text: str = "", *, mechanism: str | None = None) -> None:
+    def __init__(self, text: str = "", *, mechanism: str | None = None, principal: str | None = None) -> None:
         super().__init__(text)
         self.mechanism = mechanism
+        self.principal = principal
 
 
 class ForeignProtocolError(AuthenticationError):

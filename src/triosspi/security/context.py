@@ -132,13 +132,14 @@ class SecurityContext:
         answer, refusal = self._try_step(token)
         if refusal is None:
             return answer
+        text, principal = refusal
         # Here, and made of nothing but text: whatever was caught leads through its traceback to frames with the
         # account's hash and the session's keys, and "from None" only hides that. The token can be attacked offline.
         del token, answer
-        raise AuthenticationError(refusal, mechanism=self._fail())
+        raise AuthenticationError(text, mechanism=self._fail(), principal=principal)
 
-    def _try_step(self, token: bytes | None) -> tuple[bytes, str | None]:
-        """`step`, but a refusal is returned, as its text."""
+    def _try_step(self, token: bytes | None) -> tuple[bytes, tuple[str, str | None] | None]:
+        """`step`, but a refusal is returned: its text, and as whom the peer tried to log in, where it came to that."""
         try:
             if self._proxy is None:
                 self._proxy = self._open_proxy(token)
@@ -147,9 +148,9 @@ class SecurityContext:
             if (proxy := self._proxy).complete:
                 self._finish(proxy)
         except AuthenticationError as exc:
-            return b"", str(exc)
+            return b"", (str(exc), exc.principal)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            return b"", _describe(exc)
+            return b"", (_describe(exc), None)
         return answer, None
 
     def _fail(self) -> str | None:

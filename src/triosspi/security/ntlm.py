@@ -249,12 +249,15 @@ def verify(
         if hmac.compare_digest(expected, proof):
             session_base_key = base_key
     who = printable(f"{message.domain}\\{message.user}" if message.domain else message.user)
+    # As whom it is counted: whoever guesses at one account spells its name in many ways.
+    spelled = simple_upper(f"{message.domain}\\{message.user}")
+    principal = spelled if account is None else account.principal
     if account is None:
-        raise AuthenticationError(f"NTLM: no account {who}")
+        raise AuthenticationError(f"NTLM: no account {who}", principal=principal)
     if session_base_key is None:
-        raise AuthenticationError(f"NTLM: wrong password for {who}")
+        raise AuthenticationError(f"NTLM: wrong password for {who}", principal=principal)
     if not account.enabled:
-        raise AuthenticationError(f"NTLM: the account {who} is disabled")
+        raise AuthenticationError(f"NTLM: the account {who} is disabled", principal=principal)
 
     session_key = rc4k(session_base_key, message.encrypted_session_key)
     if promises_mic(pairs):

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, Literal, NoReturn, TypeAlias, cast
 
 import trio
 
 from .._channel import Impersonator, SSPIChannel
-from .._errors import AuthenticationError, TicketExpiredError, TruncatedError
+from .._errors import AuthenticationError, TicketExpiredError, TruncatedError, printable
 from .._session import Tracer
 from .._tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
 from .._wire import WireFormat
@@ -38,6 +39,32 @@ End: TypeAlias = tuple[Outcome, str | None]
 STOPPING_HANDSHAKE: Final = 5.0
 #: Seconds between two looks at who makes room, while somebody waits to be read.
 TURNS_INTERVAL: Final = 0.05
+
+
+class TooManySessions(AuthenticationError):
+    """The peer is who it says, and there are as many sessions of it as may be. Nothing is held against it."""
+
+
+def _check_principal(channel: TCPChannel, entry: Entry) -> None:
+    """See that whoever has logged in may be let in; before that, nothing happens.
+
+    Raises:
+      AuthenticationError: it may not.
+    """
+    try:
+        peer = channel.peer
+    except trio.NeedHandshakeError:
+        return
+    why = entry.check_principal(peer.principal, guessable=peer.mechanism == "ntlm")
+    who = printable(peer.principal)
+    if why == "failures":
+        # Not counted as one more: it is none.
+        raise AuthenticationError(
+            f"too many logins of {who} have failed, and nobody has logged in as it from there before",
+            mechanism=peer.mechanism,
+        )
+    if why == "sessions":
+        raise TooManySessions(f"{who} has as many sessions as may be", mechanism=peer.mechanism)
 
 
 @dataclass(kw_only=True)
@@ -152,14 +179,17 @@ class Service:
                         entry.identify(address)
                         await self._wait_for_turn(stream, entry)
                 channel = self._channel(stream, watched)
+                # Before the last token of ours says that the password was right, and where there is none.
+                watched.before_sending = partial(_check_principal, channel, entry)
                 await channel.do_handshake()
+                _check_principal(channel, entry)
                 channel.transport_stream = stream
-                authenticated = not entry.evicted
+                authenticated = entry.evicted is None
         except Dropped as exc:
             self.telemetry.dropped(exc.cause, source)
         except ProxyError as exc:
             self.telemetry.dropped("nothing_said" if exc.nothing_said else "proxy_header", source)
-        except trio.BrokenResourceError as exc:
+        except (trio.BrokenResourceError, AuthenticationError) as exc:
             self._broken_off(exc, entry, source, started)
         except Exception:
             # Not the peer's doing, but still only this connection's end.
@@ -174,7 +204,7 @@ class Service:
             self._out_of_time(entry, source, started)
         if channel is None or not authenticated:
             return None
-        entry.authenticated()
+        entry.authenticated(channel.peer.principal)
         session = LiveSession(channel, source, _expiry(channel.peer))
         self.sessions.add(session)
         self.telemetry.login(
@@ -185,8 +215,8 @@ class Service:
         return session
 
     def _out_of_time(self, entry: Entry, source: str, started: float) -> None:
-        if entry.evicted:
-            self.telemetry.dropped("evicted", source)
+        if entry.evicted is not None:
+            self.telemetry.dropped(entry.evicted, source)
         elif self.sessions.stopping:
             self.telemetry.dropped("draining", source)
         elif entry.stage is Stage.QUEUED:
@@ -215,16 +245,27 @@ class Service:
                 await trio.sleep(TURNS_INTERVAL)
                 self.admission.advance()
 
-    def _broken_off(self, exc: trio.BrokenResourceError, entry: Entry, source: str, started: float) -> None:
-        cause = exc.__cause__
-        if said_nothing(exc):
+    def _broken_off(
+        self, exc: trio.BrokenResourceError | AuthenticationError, entry: Entry, source: str, started: float
+    ) -> None:
+        cause = exc if isinstance(exc, AuthenticationError) else exc.__cause__
+        if isinstance(exc, trio.BrokenResourceError) and said_nothing(exc):
             # Health checks and port scanners, by the thousand.
             entry.failed("no_login")
             self.telemetry.dropped("nothing_said", source)
             return
         left = isinstance(cause, (TruncatedError, OSError))
         mechanism = cause.mechanism if isinstance(cause, AuthenticationError) else None
-        self._refused(entry, "no_login" if left else "auth", source, str(exc), started, mechanism=mechanism)
+        if isinstance(cause, AuthenticationError) and not isinstance(cause, TooManySessions):
+            entry.failed("auth", cause.principal)
+        self._refused(
+            entry,
+            None if isinstance(cause, TooManySessions) else "no_login" if left else "auth",
+            source,
+            str(exc),
+            started,
+            mechanism=mechanism,
+        )
 
     def _channel(self, stream: trio.SocketStream, watched: LoginStream) -> TCPChannel:
         tune(stream, self.keepalive)
@@ -241,14 +282,15 @@ class Service:
     def _refused(
         self,
         entry: Entry,
-        kind: Literal["auth", "no_login", "timeout", "protocol"],
+        kind: Literal["auth", "no_login", "timeout", "protocol"] | None,
         source: str,
         reason: str,
         started: float,
         *,
         mechanism: str | None = None,
     ) -> None:
-        entry.failed(kind)
+        if kind is not None:
+            entry.failed(kind)
         self.telemetry.login_refused(
             source=source,
             mechanism=mechanism,

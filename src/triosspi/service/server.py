@@ -128,7 +128,7 @@ class Server:
             limits=live.limits,
             keepalive=live.connections.keepalive,
             proxies=ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix),
-            admission=Admission(live.limits, clock=time.monotonic),
+            admission=Admission(live.limits, clock=time.monotonic, tables=None if link is None else link.tables),
             sessions=sessions,
             telemetry=telemetry,
             make_tracer=make_tracer,

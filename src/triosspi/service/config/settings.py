@@ -151,21 +151,30 @@ class Limits(LiveSection, frozen=True, kw_only=True):
     handshake_timeout: Annotated[Seconds, About("For connecting and logging in.", kinds.DURATION)] = 30.0
     max_connections: Annotated[Count, About("Of all, logged in or not.")] = 10_000
     max_connections_per_source: Annotated[
-        Count | None, About("From one address (IPv6: one /64), logged in or not.", none="off")
+        Count | None, About("From one address (IPv6: see below), logged in or not.", none="off")
     ] = None
+    ipv6_source_prefix: Annotated[
+        Annotated[int, Meta(ge=32, le=128)], About("How many bits of an IPv6 address are one source.")
+    ] = 64
     # Each has up to a token (64 KiB) in memory, mostly 10 KiB. Sitting costs little, and being thrown out and coming back
     # costs a handshake: so there are more places than a common attacker has connections.
     max_unauthenticated: Annotated[
         Count, About("How many are read before they have logged in; others wait.", kinds.STARTUPS)
     ] = 2_500
     max_unauthenticated_per_source: Annotated[
-        Count | None, About("The same from one address (IPv6: one /64); its others wait.", none="off")
+        Count | None, About("The same from one address; its others wait.", none="off")
     ] = 50
     max_waiting: Annotated[Count, About("How many wait, unread; beyond, the longest silent one is dropped.")] = 2_500
     penalties: Annotated[bool, About("Shut out addresses whose logins fail, for a while.")] = True
     penalty_exempt: Annotated[
         tuple[IPNetwork, ...], About("Who is never shut out.", kinds.NETWORK, unset="nobody")
     ] = ()
+    # A hundred, as NIST SP 800-63B has it. It locks nobody out of where he has logged in before.
+    max_failures_per_principal: Annotated[
+        Count | None,
+        About("After so many failures by NTLM in 10 min, look at an account's own addresses only.", none="off"),
+    ] = 100
+    max_sessions_per_principal: Annotated[Count | None, About("Of one client's name, at a time.", none="off")] = None
     # After it.
     idle_timeout: Annotated[
         Seconds | None, About("End a session in which nothing is said.", kinds.DURATION, none="off")

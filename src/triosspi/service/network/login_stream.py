@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -22,11 +23,15 @@ class LoginStream(trio.abc.HalfCloseableStream):
     Args:
       stream: the stream underneath.
       entry: is told.
+
+    Attributes:
+      before_sending: called before something is sent, which is not if that raises.
     """
 
     def __init__(self, stream: trio.SocketStream, entry: Entry) -> None:
         self._stream = stream
         self._entry = entry
+        self.before_sending: Callable[[], object] = bool
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """See `trio.abc.ReceiveStream.receive_some` for details."""
@@ -38,6 +43,7 @@ class LoginStream(trio.abc.HalfCloseableStream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all` for details."""
+        self.before_sending()
         self._entry.answered()
         await self._stream.send_all(data)
 

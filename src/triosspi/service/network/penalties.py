@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from .shared import WAYS
+
 Failure: TypeAlias = Literal["auth", "no_login", "timeout", "evicted", "protocol"]
+
+# A cell: 27 bits of the key's hash, whether it is refused, and 36 bits of when it is forgotten, in sixteenths of a second.
+_PER_SECOND: Final = 16
+_END_BITS: Final = 36
+_END_MASK: Final = (1 << _END_BITS) - 1
+_ACTIVE: Final = 1 << _END_BITS
+_TAG_SHIFT: Final = _END_BITS + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +34,6 @@ class PenaltyPolicy:
       protocol: seconds for input that no honest client sends and that this server could not handle (crash).
       most: seconds, however often it happens (max).
       least: seconds that must add up before the source is refused (min).
-      max_sources: the most sources remembered, for IPv4 and IPv6 each (max-sources4, max-sources6).
-      overflow: what to do when there are more: "permissive" forgets the source that would be free soonest,
-        "deny" refuses every source of that family until there is room.
     """
 
     auth: float = 5.0
@@ -36,8 +43,6 @@ class PenaltyPolicy:
     protocol: float = 90.0
     most: float = 600.0
     least: float = 15.0
-    max_sources: int = 65_536
-    overflow: Literal["permissive", "deny"] = "permissive"
 
     def seconds(self, failure: Failure) -> float:
         """What one failure costs."""
@@ -45,121 +50,68 @@ class PenaltyPolicy:
         return seconds
 
 
-class _Penalty:
-    """One source's.
-
-    Attributes:
-      end: when it is forgotten, on the clock.
-      active: whether the source is refused; once it is, until the end.
-    """
-
-    __slots__ = ("active", "end")
-
-    def __init__(self, end: float) -> None:
-        self.end = end
-        self.active = False
-
-
 class Penalties:
-    """The penalties of one address family.
-
-    A timer wheel: each source also stands in the bucket of the second in which its penalty ends.
-    Buckets are emptied as time passes, a bounded number of entries with each call, so that what a
-    flood of sources left behind stalls nobody; an entry whose end is over counts for nothing, emptied
-    or not. A heap would need log(n) steps, and one that also moves entries either grows with dead ones
-    or may have to move them all at once.
-
-    Within a bucket whose penalty was the last to grow goes first: "soonest" is exact to a second.
+    """A table of them; see `shared` for how it is kept.
 
     Args:
-      policy: their sizes.
+      cells: its memory; a multiple of `WAYS`.
+      hash_of: gives 64 bits of a key.
+      most: seconds that a penalty is remembered, at most.
     """
 
-    # Of more than one, or a table that was filled would never empty.
-    _PER_CALL: Final = 32
-
-    def __init__(self, policy: PenaltyPolicy) -> None:
-        self._policy = policy
-        self.clear()
+    def __init__(self, cells: memoryview, hash_of: Callable[[bytes], int], most: float) -> None:
+        self._cells = cells
+        self._hash = hash_of
+        self._most = most
 
     def clear(self) -> None:
         """Forget all."""
-        self._by_source: dict[int, _Penalty] = {}
-        # Buckets are sets; as dicts they give out their last entry.
-        self._by_second: dict[int, dict[int, None]] = {}
-        # No bucket lies before it.
-        self._first = 0
+        for index, cell in enumerate(self._cells):
+            if cell:
+                self._cells[index] = 0
 
-    def __len__(self) -> int:
-        return len(self._by_source)
+    def remembered(self, now: float) -> int:
+        """How many there are; looks at all, and is meant for tests."""
+        return sum(cell & _END_MASK > now * _PER_SECOND for cell in self._cells)
 
-    def refuses(self, key: int, now: float) -> bool:
-        """Whether this source may not connect."""
-        self._sweep(int(now))
-        if self._policy.overflow == "deny" and len(self) >= self._policy.max_sources:
-            return True
-        penalty = self._by_source.get(key)
-        return penalty is not None and penalty.active and now < penalty.end
+    def refused(self, key: bytes, now: float) -> bool:
+        """Whether there is one that has exceeded what costs nothing."""
+        _, cell = self._find(key)
+        return bool(cell & _ACTIVE) and now * _PER_SECOND < cell & _END_MASK
 
-    def add(self, key: int, seconds: float, now: float) -> None:
-        """Add to a source's penalty."""
-        policy = self._policy
-        self._sweep(int(now))
-        if seconds <= 0 or (policy.overflow == "deny" and len(self) >= policy.max_sources):
+    def left(self, key: bytes, now: float) -> float:
+        """Seconds until it is forgotten; 0 where there is none."""
+        _, cell = self._find(key)
+        return max(0.0, (cell & _END_MASK) / _PER_SECOND - now)
+
+    def add(self, key: bytes, seconds: float, now: float, least: float) -> None:
+        """Add to a penalty.
+
+        Args:
+          key: whose.
+          seconds: see `PenaltyPolicy`.
+          now: on the clock that all processes share.
+          least: see `PenaltyPolicy`.
+        """
+        if seconds <= 0:
             return
-        penalty = self._by_source.get(key)
-        # Also one that is over: its bucket may not have been emptied yet.
-        self._remove(key)
-        if penalty is None or penalty.end <= now:
-            penalty = _Penalty(now)
-        penalty.end = min(penalty.end + seconds, now + policy.most)
-        self._insert(key, penalty)
-        if penalty.end - now > policy.least:
-            penalty.active = True
-        if len(self) > policy.max_sources:
-            self._remove_soonest()
+        place, cell = self._find(key)
+        end = (cell & _END_MASK) / _PER_SECOND
+        active = cell & _ACTIVE if end > now else 0
+        end = min(max(end, now) + seconds, now + self._most)
+        if end - now > least:
+            active = _ACTIVE
+        tag = self._hash(key) >> _TAG_SHIFT or 1
+        self._cells[place] = tag << _TAG_SHIFT | active | int(end * _PER_SECOND) & _END_MASK
 
-    def _sweep(self, second: int) -> None:
-        """Forget what ended before this second, or some of it."""
-        if not self._by_source:
-            self._first = second
-            return
-        left = self._PER_CALL
-        # The steps over empty seconds are at most as many as the longest penalty has.
-        while self._first < second and self._by_source:
-            bucket = self._by_second.get(self._first)
-            if bucket is None:
-                self._first += 1
-                continue
-            if not left:
-                return
-            left -= 1
-            self._remove_one(bucket)
-
-    def _remove_soonest(self) -> None:
-        # It is at most as late as the one that was just added, so no further than one penalty away.
-        while (bucket := self._by_second.get(self._first)) is None:
-            self._first += 1
-        self._remove_one(bucket)
-
-    def _remove_one(self, bucket: dict[int, None]) -> None:
-        # The last one: to the first a dict must step over the places of all that were first before it.
-        key, _ = bucket.popitem()
-        del self._by_source[key]
-        if not bucket:
-            del self._by_second[self._first]
-
-    def _insert(self, key: int, penalty: _Penalty) -> None:
-        second = int(penalty.end)
-        self._by_source[key] = penalty
-        self._by_second.setdefault(second, {})[key] = None
-        self._first = min(self._first, second)
-
-    def _remove(self, key: int) -> None:
-        penalty = self._by_source.pop(key, None)
-        if penalty is not None:
-            second = int(penalty.end)
-            bucket = self._by_second[second]
-            del bucket[key]
-            if not bucket:
-                del self._by_second[second]
+    def _find(self, key: bytes) -> tuple[int, int]:
+        """Where a key's cell is, or is to be, and what it holds for it."""
+        digest = self._hash(key)
+        tag = digest >> _TAG_SHIFT or 1
+        start = digest % (len(self._cells) // WAYS) * WAYS
+        bucket = self._cells[start : start + WAYS].tolist()
+        for index, cell in enumerate(bucket):
+            if cell >> _TAG_SHIFT == tag:
+                return start + index, cell
+        # Nobody's, or whose would be forgotten soonest.
+        return start + min(range(WAYS), key=lambda index: bucket[index] & _END_MASK), 0

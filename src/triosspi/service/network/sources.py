@@ -1,5 +1,9 @@
 """What is known of where connections come from: how many there are of each source, its logins, and its failures."""
 
+# A source is an IPv4 address, or as much of an IPv6 address as is one customer's, by default 64 bits. Who has a /48 has
+# 65,536 of those. So failures and connections are also counted by prefixes that are 8 and 16 bits shorter (/56 and /48), where
+# more is allowed: many customers of one provider may be in a /48.
+
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
@@ -8,11 +12,17 @@ from typing import Final, Literal, Protocol, TypeAlias
 from .acquaintances import Acquaintances
 from .addresses import IPAddress, IPNetwork, canonical_networks, is_in
 from .penalties import Failure, Penalties, PenaltyPolicy
+from .shared import Tables
 
 DropCause: TypeAlias = Literal["penalty", "connections", "source_connections", "startups"]
 
 #: Connections of one source at a time that its earlier logins speak for.
 FAVOURED: Final = 32
+#: Bits by which an IPv6 prefix is shorter than a source's, and how many times as much is allowed to it.
+WIDER: Final = ((8, 4), (16, 16))
+
+_LENGTH_SHIFT: Final = 128
+_KEY_BYTES: Final = 18
 
 
 class SourceLimits(Protocol):
@@ -25,6 +35,10 @@ class SourceLimits(Protocol):
     @property
     def max_unauthenticated_per_source(self) -> int | None:
         """The most of one source that are read before they have logged in; the others wait. None does not limit it."""
+
+    @property
+    def ipv6_source_prefix(self) -> int:
+        """Bits of an IPv6 address that are one source."""
 
     @property
     def penalties(self) -> bool:
@@ -64,37 +78,52 @@ class _Source:
         self.favoured = 0
 
 
+_NONE: Final = _Source()
+
+
 class Sources:
-    """All sources. What is not an integer stands for one that is not known, which has no limits.
+    """All sources. A key that is no integer stands for one that is not known, which has no limits.
 
     Args:
       limits: what is allowed.
-      clock: seconds that never go back.
+      clock: seconds that never go back, the same for all who share the tables.
       policy: the sizes of penalties.
-
-    Attributes:
-      penalties: by IP version.
+      tables: what is shared with other processes.
     """
 
-    def __init__(self, limits: SourceLimits, clock: Callable[[], float], policy: PenaltyPolicy) -> None:
+    def __init__(self, limits: SourceLimits, clock: Callable[[], float], policy: PenaltyPolicy, tables: Tables) -> None:
         self._clock = clock
         self._policy = policy
-        self.penalties = {4: Penalties(policy), 6: Penalties(policy)}
-        self._acquaintances = Acquaintances(clock)
+        self._tables = tables
+        self._penalties = Penalties(tables.penalties, tables.hash, policy.most)
+        self.acquaintances = Acquaintances(tables, clock)
+        # This process's own.
         self._connected: dict[int, _Source] = {}
+        self._limits = limits
         self.take(limits)
 
     def take(self, limits: SourceLimits) -> None:
         """Use these limits from now on."""
+        if self._limits.penalties and not limits.penalties:
+            self._penalties.clear()
         self._limits = limits
         self._exempt = canonical_networks(limits.penalty_exempt)
-        if not limits.penalties:
-            for table in self.penalties.values():
-                table.clear()
 
-    def __iter__(self) -> Iterator[int]:
-        """Those that are connected."""
-        return iter(self._connected)
+    def key(self, address: IPAddress) -> int:
+        """The source that an `unmapped` address belongs to.
+
+        A number, since it is kept for each connection; those of IPv6 begin behind IPv4's, and tell how long they are.
+        """
+        number = int(address)
+        if address.version == 4:
+            return number
+        length = self._limits.ipv6_source_prefix
+        return length << _LENGTH_SHIFT | number >> _LENGTH_SHIFT - length
+
+    @property
+    def penalised(self) -> int:
+        """How many sources and wider prefixes penalties are remembered of; looks at all, and is meant for tests."""
+        return self._penalties.remembered(self._clock())
 
     # Judging
 
@@ -104,67 +133,97 @@ class Sources:
         Raises:
           Dropped: it may not.
         """
-        key = source_key(address)
-        refused = self._limits.penalties and self.penalties[address.version].refuses(key, self._clock())
-        # Last: there may be many networks.
-        if refused and not is_in(address, self._exempt):
+        if self.shut_out(address):
             raise Dropped("penalty")
+        key = self.key(address)
         most = self._limits.max_connections_per_source
-        source = self._connected.get(key)
-        if most is not None and (0 if source is None else source.connections) >= most:
-            raise Dropped("source_connections")
+        if most is not None:
+            for wide, times in levels(key):
+                others, _ = self._tables.others(_bytes(wide))
+                if self._connected.get(wide, _NONE).connections + others >= most * times:
+                    raise Dropped("source_connections")
+
+    def shut_out(self, address: IPAddress) -> bool:
+        """Whether the source of an `unmapped` address is refused for its failures."""
+        if not self._limits.penalties:
+            return False
+        now = self._clock()
+        refused = any(self._penalties.refused(_bytes(wide), now) for wide, _ in levels(self.key(address)))
+        # Last: there may be many networks.
+        return refused and not is_in(address, self._exempt)
 
     def favours(self, key: int) -> bool:
         """Whether somebody has logged in from there, and not too many are favoured for it already."""
-        source = self._connected.get(key)
-        return (source is None or source.favoured < FAVOURED) and self._acquaintances.knows(key)
+        return self._connected.get(key, _NONE).favoured < FAVOURED and self.acquaintances.knows(_bytes(key))
 
     def may_be_served(self, key: Hashable) -> bool:
         """Whether one more of this source may be read and answered."""
         most = self._limits.max_unauthenticated_per_source
-        return most is None or not isinstance(key, int) or self._connected[key].served < most
+        if most is None or not isinstance(key, int):
+            return True
+        return all(
+            self._connected[wide].served + self._tables.others(_bytes(wide))[1] < most * times
+            for wide, times in levels(key)
+        )
 
     # Counting
 
     def penalise(self, address: IPAddress, failure: Failure) -> None:
         """One has failed to log in."""
         if self._limits.penalties and not is_in(address, self._exempt):
-            table = self.penalties[address.version]
-            table.add(source_key(address), self._policy.seconds(failure), self._clock())
+            seconds, now = self._policy.seconds(failure), self._clock()
+            for wide, times in levels(self.key(address)):
+                # One failure of one customer, however bad, does not shut out all of the neighbours.
+                counted = seconds if times == 1 else min(seconds, self._policy.least)
+                self._penalties.add(_bytes(wide), counted, now, self._policy.least * times)
 
     def come(self, key: Hashable, *, favoured: bool) -> None:
         """There is one more."""
         if isinstance(key, int):
             # Also while no cap asks for it: a reload may set one.
-            source = self._connected.setdefault(key, _Source())
-            source.connections += 1
-            source.favoured += favoured
+            for wide, _ in levels(key):
+                self._connected.setdefault(wide, _Source()).connections += 1
+                self._publish(wide)
+            self._connected[key].favoured += favoured
 
     def leave(self, key: Hashable, *, favoured: bool) -> None:
         """One is gone."""
         if isinstance(key, int):
-            source = self._connected[key]
-            source.connections -= 1
-            source.favoured -= favoured
-            if not source.connections:
-                del self._connected[key]
+            self._connected[key].favoured -= favoured
+            for wide, _ in levels(key):
+                source = self._connected[wide]
+                source.connections -= 1
+                self._publish(wide)
+                if not source.connections:
+                    del self._connected[wide]
 
     def served(self, key: Hashable, change: int) -> None:
         """One more, or less, is read and answered."""
         if isinstance(key, int):
-            self._connected[key].served += change
+            for wide, _ in levels(key):
+                self._connected[wide].served += change
+                self._publish(wide)
 
     def logged_in(self, key: Hashable, *, favoured: bool) -> None:
         """One has logged in, and is favoured no more."""
         if isinstance(key, int):
             self._connected[key].favoured -= favoured
-            self._acquaintances.remember(key)
+            self.acquaintances.remember(_bytes(key))
+
+    def _publish(self, key: int) -> None:
+        source = self._connected[key]
+        self._tables.publish(_bytes(key), source.connections, source.served)
 
 
-def source_key(address: IPAddress) -> int:
-    """The source that an `unmapped` address belongs to: all of IPv4, or the first 64 bits of IPv6.
+def levels(key: int) -> Iterator[tuple[int, int]]:
+    """A source and the wider prefixes that it lies in, and how many times as much is allowed to each."""
+    yield key, 1
+    length = key >> _LENGTH_SHIFT
+    if length:
+        prefix = key - (length << _LENGTH_SHIFT)
+        for bits, times in WIDER:
+            yield length - bits << _LENGTH_SHIFT | prefix >> bits, times
 
-    A number, since it is kept for each connection; those of IPv6 begin behind IPv4's.
-    """
-    number = int(address)
-    return number if address.version == 4 else (1 << 32) + (number >> 64)
+
+def _bytes(key: int) -> bytes:
+    return key.to_bytes(_KEY_BYTES, "little")

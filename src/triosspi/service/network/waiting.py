@@ -11,6 +11,9 @@ from collections.abc import Callable, Hashable
 from itertools import islice
 from typing import Final, Generic, Protocol, TypeVar
 
+# With each call. Who is not among them is with one of the next.
+_RESUMED: Final = 32
+
 
 class Stage(enum.IntEnum):
     """How far a connection is that has not logged in; who is less far is dropped first."""
@@ -119,8 +122,9 @@ class Queue(Generic[W]):
 
     def __init__(self) -> None:
         self._by_source: dict[Hashable, OrderedDict[W, None]] = {}
-        # Whose turn it is. A source that may have no more now is not in it, until `resume`.
+        # Whose turn it is, and the others: who may have no more now, until `resume`.
         self._turns: OrderedDict[Hashable, None] = OrderedDict()
+        self._out_of_turn: OrderedDict[Hashable, None] = OrderedDict()
 
     def add(self, entry: W, source: Hashable) -> None:
         """It wants to be served."""
@@ -136,11 +140,18 @@ class Queue(Generic[W]):
         if not mine:
             del self._by_source[source]
             self._turns.pop(source, None)
+            self._out_of_turn.pop(source, None)
 
     def resume(self, source: Hashable) -> None:
         """It may have more again."""
-        if source in self._by_source:
+        if source in self._out_of_turn:
+            del self._out_of_turn[source]
             self._turns[source] = None
+
+    def resume_some(self) -> None:
+        """Some may have more again: whose wider network has given up a place, or who has in another process."""
+        for _ in range(min(_RESUMED, len(self._out_of_turn))):
+            self._turns[self._out_of_turn.popitem(last=False)[0]] = None
 
     def next(self, may_have_more: Callable[[Hashable], bool]) -> W | None:
         """Whose turn it is; it stays in the queue. A source that may not have more is out of turn until `resume`."""
@@ -150,4 +161,5 @@ class Queue(Generic[W]):
                 self._turns.move_to_end(source)
                 return next(iter(self._by_source[source]))
             del self._turns[source]
+            self._out_of_turn[source] = None
         return None

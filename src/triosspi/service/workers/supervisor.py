@@ -39,6 +39,7 @@ from typing import Final, Protocol
 import trio
 
 from ..._errors import ConfigurationError
+from ..network.shared import Columns, Tables
 from ..observe.notify import Notifier
 from ..reasons import described, only_configuration_errors, reason
 from ..reloading import Reading, watch_files
@@ -143,6 +144,7 @@ class Supervisor:
         self._places = [list(place) for place in places]
         self._board: Board | None = None
         self._work = work
+        self._tables: Tables | None = None
         self._timing = timing if timing is not None else Timing()
         self._max_sessions = max_sessions
         self._sole = sole
@@ -208,6 +210,8 @@ class Supervisor:
             self._close()
             if self._board is not None:
                 self._board.close()
+            if self._tables is not None:
+                self._tables.close()
         if failure is not None:
             raise failure
 
@@ -223,11 +227,15 @@ class Supervisor:
         """Start all, and keep all places filled, for ever."""
         if not hasattr(os, "memfd_create"):
             raise ConfigurationError("several workers need Linux: start with one")
-        if self._contested:
-            try:
+        try:
+            if self._contested:
                 self._board = Board.make(len(self._places))
-            except OSError as exc:
-                raise ConfigurationError(f"cannot start workers: {reason(exc)}") from None
+            # A worker that is replaced finishes beside its successor.
+            columns = 2 * len(self._places)
+            self._tables = Tables.make(columns)
+            self._columns = Columns(self._tables, columns)
+        except OSError as exc:
+            raise ConfigurationError(f"cannot start workers: {reason(exc)}") from None
         first = [await self._launch(number) for number in range(1, len(self._places) + 1)]
         for worker in first:
             await worker.settled.wait()
@@ -293,12 +301,15 @@ class Supervisor:
         listeners = tuple(sock.fileno() for sock in self._places[number - 1])
         board = None if self._board is None else self._board.fileno()
         work = self._work
+        assert self._tables is not None
+        column = self._columns.take()
         plan = Plan(
             number=number,
             listeners=listeners,
             contested=tuple(self._contested),
             board=board,
             update=work.update,
+            tables=(self._tables.fileno(), column),
             heartbeat=self._timing.heartbeat,
             max_sessions=self._max_sessions,
             alarm=_ALARM * self._timing.heartbeat_timeout,
@@ -307,13 +318,15 @@ class Supervisor:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    process = await self._spawn(
-                        theirs.fileno(), file.fileno(), listeners if board is None else (*listeners, board)
-                    )
+                    shared = [*([] if board is None else [board]), self._tables.fileno()]
+                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, *shared))
             except BaseException:
                 ours.close()
                 raise
-        except OSError as exc:
+        except BaseException as exc:
+            self._columns.give_back(column)
+            if not isinstance(exc, OSError):
+                raise
             raise ConfigurationError(f"cannot start worker {number}: {reason(exc)}") from None
         worker = WorkerProcess(
             number, process, ours, self._timing, work, max_sessions=self._max_sessions, changed=self._tell_status
@@ -324,15 +337,16 @@ class Supervisor:
             # While the system started it.
             worker.reload(self._work)
         # Without a checkpoint since it was started: nobody else would reap it.
-        self._attending.start_soon(self._attend, worker)
+        self._attending.start_soon(self._attend, worker, column)
         return worker
 
-    async def _attend(self, worker: WorkerProcess) -> None:
+    async def _attend(self, worker: WorkerProcess, column: int | None) -> None:
         try:
             await worker.attend()
         finally:
             # By identity: the system may have given the number to the next already.
             self._workers.discard(worker)
+            self._columns.give_back(column)
             if self._board is not None and not any(other.number == worker.number for other in self._workers):
                 self._board.set(worker.number, None)
             _tell(self._on_end, worker.pid)

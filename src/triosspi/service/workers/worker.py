@@ -17,6 +17,7 @@ from contextlib import suppress
 import trio
 
 from ..._errors import ConfigurationError
+from ..network.shared import Tables
 from ..program import unpickled
 from .balance import BalancedListener, Board, Share
 from .worker_link import Plan, WorkerLink, take_descriptors
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         alarm=plan.alarm,
         share=share,
     )
+    if plan.tables is not None:
+        link.tables = Tables.of(*plan.tables)
     # Until the server takes them, signals end the process, and that quietly.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(RuntimeError, OSError, ValueError):

@@ -26,6 +26,7 @@ from typing import Annotated, BinaryIO, Final, NoReturn
 import msgspec
 import trio
 
+from ..network.shared import Tables
 from .balance import Share
 
 #: Seconds between two heartbeats.
@@ -138,6 +139,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
       listeners: descriptors of listening sockets.
       contested: those of them that other workers accept from, too.
       board: descriptor of the `Board` on which they agree about it; None: none is contested.
+      tables: descriptor of the `Tables` that all workers share, and this one's column in them.
       update: what to serve, until there is another.
       heartbeat: seconds between two heartbeats.
       max_sessions: so many sessions are reported at once, and not with the next heartbeat.
@@ -148,6 +150,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     listeners: tuple[int, ...]
     contested: tuple[int, ...] = ()
     board: int | None = None
+    tables: tuple[int, int | None] | None = None
     update: Update
     heartbeat: float = HEARTBEAT
     max_sessions: int | None = None
@@ -205,6 +208,7 @@ class WorkerLink:
       on_reload: called when there is something else to serve; by default as SIGHUP would.
       on_last: called when it is the last one to have its sockets: who is queued on them when it goes is to be told so.
       newest: what to serve now.
+      tables: what is known together with other workers; None: nothing.
     """
 
     def __init__(
@@ -225,6 +229,7 @@ class WorkerLink:
         self._share = share
         self.newest = update
         self._report = Report(generation=update.generation)
+        self.tables: Tables | None = None
         self._unsent = b""
         self._leaving = False
         self.on_parent_gone: Callable[[], object] = lambda: signal.raise_signal(signal.SIGTERM)
