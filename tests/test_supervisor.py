@@ -59,6 +59,7 @@ class Worker:
         link.on_stop = lambda: self.told.append("stop")
         link.on_reload = lambda: self.told.append("reload")
         link.on_last = lambda: self.told.append("last")
+        link.on_retire = lambda: (self.told.append("retire"), link.retired())
 
     async def wait(self) -> int:
         await self._ended.wait()
@@ -89,6 +90,7 @@ async def serving(worker: Worker) -> None:
     """Ready, until it is told to go."""
     go = trio.Event()
     told, worker.link.on_parent_gone = worker.link.on_parent_gone, lambda: (told(), go.set())
+    retire, worker.link.on_retire = worker.link.on_retire, lambda: (retire(), go.set())
 
     def reload() -> None:
         worker.told.append("reload")
@@ -519,7 +521,7 @@ async def test_a_worker_that_has_had_its_sessions_goes_when_another_is_ready_one
         assert [worker.told for worker in it.workers] == [[]] * 3
         await trio.sleep(30)
         first, second, third, fourth = sorted(it.workers, key=lambda worker: worker.born)
-        assert first.told == second.told == ["drain"]
+        assert first.told == second.told == ["retire"]
         assert fourth.born >= third.born + 5
         assert it.alive() == [third, fourth]
 
@@ -533,25 +535,44 @@ async def test_a_worker_stays_though_it_has_had_its_sessions_while_no_other_can_
         await trio.sleep(60)
         assert first.died is None
         await trio.sleep(60)
-        assert first.told == ["drain"]
+        assert first.told == ["retire"]
         assert len(it.workers) == 4
         assert len(it.alive()) == 1
 
 
-async def test_a_worker_that_has_had_its_sessions_and_does_not_go_is_killed(
+async def test_who_is_with_a_worker_that_is_replaced_may_stay_until_the_next_one_is(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async def clinging(worker: Worker) -> None:
-        worker.link.ready()
-        for _ in range(7):
-            worker.link.session_started()
-        await worker.link.run()
+    def staying(after: float) -> Callable[[Worker], Awaitable[None]]:
+        async def life(worker: Worker) -> None:
+            go = trio.Event()
+            told, worker.link.on_parent_gone = worker.link.on_parent_gone, lambda: (told(), go.set())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.link.run)
+                worker.link.ready()
+                await trio.sleep(after)
+                for _ in range(7):
+                    worker.link.session_started()
+                await go.wait()
+                nursery.cancel_scope.cancel()
 
-    async with scene(clinging, max_sessions=7, places=1) as it:
+        return life
+
+    async with scene(staying(10), staying(1000), staying(1000), max_sessions=7, places=1) as it:
         await it.started.wait()
-        await trio.sleep(100)
-        assert it.workers[0].told == ["drain", "SIGKILL"]
-        assert it.workers[0].died == pytest.approx(it.workers[1].born + 35, abs=2)
+        await trio.sleep(900)
+        first, second = it.workers
+        assert (first.told, first.died, second.told) == (["retire"], None, [])
+        assert it.supervisor.ready
+        assert it.notifier.told[-1] == "STATUS=1 of 1 workers ready, 1 retired"
+        await trio.sleep(200)
+        assert first.told == ["retire", "drain"]
+        assert first.died is not None
+        assert second.told == ["retire"]
+        assert len(it.alive()) == 2
+        it.supervisor.stop()
+        await it.over.wait()
+        assert second.told == ["retire", "drain"]
 
 
 # Stopping

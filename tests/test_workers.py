@@ -211,6 +211,26 @@ async def test_no_request_fails_while_workers_are_recycled(folder: Path) -> None
     assert "SIGKILL" not in program.err
 
 
+async def test_who_is_logged_in_to_a_worker_that_is_replaced_may_finish_and_hears_a_goodbye_when_all_stop(
+    folder: Path,
+) -> None:
+    with serving(folder, "--max-sessions", "3", "--workers", "2") as program:
+        port = program.expect_port()
+        async with await log_in(port) as stays:
+            await stays.send(b"who")
+            outworn = int(await stays.receive())
+            with trio.fail_after(PATIENCE):
+                while not re.search(rf'"pid": {outworn}.*no more connections are accepted', program.err):
+                    await ask(port)
+            for _ in range(3):
+                await stays.send(b"who")
+                assert int(await stays.receive()) == outworn
+            program.process.send_signal(signal.SIGTERM)
+            with pytest.raises(trio.EndOfChannel):
+                await stays.receive()
+        assert await trio.to_thread.run_sync(program.wait) == 0
+
+
 def test_a_port_in_use_and_a_worker_that_cannot_start_are_one_line_each(folder: Path) -> None:
     with serving(folder) as program:
         port = program.expect_port()

@@ -113,7 +113,7 @@ class Server:
         self._once = once
         self._reading = None if reload is None else Reading(reload)
         self._link = link
-        self._stopping = False
+        self._stopping = self._retired = False
         # Of the first connection, where there is to be one only: None until it has come.
         self._served: bool | None = None
         self._accepting = trio.CancelScope()
@@ -158,6 +158,7 @@ class Server:
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
                     self._link.on_last = self._become_sole
+                    self._link.on_retire = self.retire
                     self._link.on_reload = partial(self.ask_to_reload, "the supervisor")
                     self._link.count_connections(self._count_connections)
                     self._watches.start_soon(self._link.run)
@@ -190,7 +191,7 @@ class Server:
             await accept_forever(listener, self._connections, serve, self._telemetry.accept_error)
         except trio.ClosedResourceError:
             # By `stop`, in the very moment in which it was to accept.
-            if not self._stopping:
+            if not (self._stopping or self._retired):
                 raise
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
@@ -282,6 +283,18 @@ class Server:
 
     # Stopping
 
+    def retire(self) -> None:
+        """Accept nobody any more, and end when everybody has gone in their own time. `stop` ends it sooner."""
+        if self._stopping or self._retired:
+            return
+        log.info("no more connections are accepted: those that are there may finish")
+        self._retired = True
+        self._telemetry.ready(False)
+        self._accepting.cancel()
+        self._close_listeners()
+        if self._link is not None:
+            self._link.retired()
+
     def stop(self) -> None:
         """Stop; when called again, at once."""
         if self._stopping:
@@ -295,7 +308,8 @@ class Server:
         remove_socket_files(self._listeners)
         self._service.stop()
         self._accepting.cancel()
-        self._close_listeners()
+        if not self._retired:
+            self._close_listeners()
         if self._link is not None:
             # Not before: the supervisor takes it for true that they are closed.
             self._link.draining()

@@ -139,6 +139,7 @@ class WorkerProcess:
       leaving: its place is to be filled: it has died, it hangs, it drains, or it is outworn.
       draining: it was told to go, or goes by itself.
       ended: it has been reaped.
+      retired: it was told to accept nobody any more; there is another in its place.
       hung: it was killed, because it was silent or did not end.
     """
 
@@ -162,6 +163,7 @@ class WorkerProcess:
         self.leaving = trio.Event()
         self.draining = trio.Event()
         self.ended = trio.Event()
+        self.retired = False
         self.hung = False
         self._process = process
         self._link = link
@@ -191,13 +193,13 @@ class WorkerProcess:
     @property
     def serving(self) -> bool:
         """It takes connections, as far as one can know."""
-        return self.ready.is_set() and self.alive and not self.draining.is_set()
+        return self.ready.is_set() and self.alive and not (self.draining.is_set() or self.retired)
 
     @property
     def outworn(self) -> bool:
         """It serves, and has served enough."""
         enough = self._max_sessions is not None and self.report.sessions >= self._max_sessions
-        return enough and self.alive and not self.draining.is_set()
+        return enough and self.alive and not (self.draining.is_set() or self.retired)
 
     @property
     def lived(self) -> float:
@@ -231,6 +233,11 @@ class WorkerProcess:
         """Until it has closed its listening sockets."""
         while self.alive and self.report.state is not State.DRAINING:
             await self._news.wait()
+
+    def retire(self) -> None:
+        """Let it accept nobody any more, and end when all who are there have gone in their own time."""
+        self.retired = True
+        self._say(Order.RETIRE)
 
     def drain(self) -> None:
         """Let it finish what is under way, and go; it is killed if it does not."""
@@ -308,7 +315,7 @@ class WorkerProcess:
             self._link.close()
             for event in (self.ended, self.settled, self.leaving, self._news):
                 event.set()
-            expected = self.draining.is_set() and self._status == 0
+            expected = (self.draining.is_set() or self.retired) and self._status == 0
             why = self._end() if self._failure is None else f"{self._end()}: {self._failure}"
             log.log(logging.INFO if expected else logging.WARNING, "%s has ended: %s", self, why)
 

@@ -114,7 +114,8 @@ class Supervisor:
           are this object's from now on, and closed when it stops.
       work: what the workers serve until there is another.
       timing: see `Timing`.
-      max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first.
+      max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first, and its sessions
+          may go on until the replacement is replaced in its turn.
       sole: nobody else has these sockets: who is queued on them in the end is to be told so by a worker.
       notifier: the service manager.
       reload: called in a thread, for each SIGHUP and when a file has changed; returns what the workers serve from then
@@ -264,7 +265,11 @@ class Supervisor:
                 async with self._renewing:
                     log.info("%s has served %d sessions: it is replaced", worker, worker.report.sessions)
                     fresh = await self._launch_until_ready(worker.number, pauses)
-                worker.drain()
+                for earlier in self.workers:
+                    # One beside each that serves: a day's sessions would keep dozens of processes.
+                    if earlier.retired and earlier.number == worker.number:
+                        earlier.drain()
+                worker.retire()
             else:
                 await self._pause(pauses.after(worker.lived), worker.number)
                 fresh = await self._launch_somehow(worker.number, pauses)
@@ -355,9 +360,13 @@ class Supervisor:
     # Telling
 
     def _status(self) -> str:
-        ready = sum(worker.ready.is_set() and not worker.draining.is_set() for worker in self._workers)
         draining = sum(worker.draining.is_set() for worker in self._workers)
-        return f"{ready} of {len(self._places)} workers ready" + (f", {draining} draining" if draining else "")
+        retired = sum(worker.retired and not worker.draining.is_set() for worker in self._workers)
+        ready = sum(worker.ready.is_set() and not worker.draining.is_set() for worker in self._workers) - retired
+        status = f"{ready} of {len(self._places)} workers ready"
+        for number, what in ((draining, "draining"), (retired, "retired")):
+            status += f", {number} {what}" if number else ""
+        return status
 
     def _tell_status(self) -> None:
         self._notifier.status(self._status())

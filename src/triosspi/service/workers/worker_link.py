@@ -47,6 +47,7 @@ class Order(enum.Enum):
     STOP = b"s"
     RELOAD = b"r"
     LAST = b"l"
+    RETIRE = b"t"
 
 
 class State(enum.Enum):
@@ -54,6 +55,7 @@ class State(enum.Enum):
 
     STARTING = "starting"
     READY = "ready"
+    RETIRED = "retired"
     DRAINING = "draining"
 
 
@@ -206,6 +208,8 @@ class WorkerLink:
           under way, and end; by default as SIGTERM would.
       on_stop: called when the supervisor wants it to end at once, after ``on_parent_gone``; by default as SIGINT would.
       on_reload: called when there is something else to serve; by default as SIGHUP would.
+      on_retire: called when it shall accept nobody any more, and end when all who are there have gone by themselves; by
+          default as if the supervisor had died.
       on_last: called when it is the last one to have its sockets: who is queued on them when it goes is to be told so.
       newest: what to serve now.
       tables: what is known together with other workers; None: nothing.
@@ -236,6 +240,7 @@ class WorkerLink:
         # Not SIGTERM: Trio makes one of two that come at once.
         self.on_stop: Callable[[], object] = lambda: signal.raise_signal(signal.SIGINT)
         self.on_reload: Callable[[], object] = lambda: signal.raise_signal(signal.SIGHUP)
+        self.on_retire: Callable[[], object] = self._leave
         self.on_last: Callable[[], object] = lambda: None
 
     async def run(self) -> NoReturn:
@@ -245,7 +250,7 @@ class WorkerLink:
             while True:
                 if self._alarm is not None:
                     signal.setitimer(signal.ITIMER_REAL, self._alarm)
-                if self._share is not None and not self._leaving:
+                if self._share is not None and not self._leaving and self._report.state is not State.RETIRED:
                     # Not afterwards: another may be at this place.
                     self._share.tell()
                 self._tell()
@@ -267,6 +272,10 @@ class WorkerLink:
         """What tells how many connections there are now; for an even share of them."""
         if self._share is not None:
             self._share.count = count
+
+    def retired(self) -> None:
+        """It has closed its listening sockets, and goes on with those who are there."""
+        self._change(state=State.RETIRED)
 
     def draining(self) -> None:
         """It has closed its listening sockets, and will end."""
@@ -334,6 +343,8 @@ class WorkerLink:
             self.on_stop()
         elif order == Order.RELOAD.value:
             self.on_reload()
+        elif order == Order.RETIRE.value and not self._leaving:
+            self.on_retire()
         elif order == Order.LAST.value and not self._leaving:
             self.on_last()
             self._change(last=True)
