@@ -74,6 +74,13 @@ def test_the_negotiate_context_has_the_fields_that_are_read() -> None:
     assert isinstance(inspect.getattr_static(NegotiateProxy, "_chosen_mech"), property)
 
 
+def test_the_ntlm_initiator_has_the_fields_that_decide_what_it_sends() -> None:
+    proxy = NTLMProxy("alice", "password")
+    assert {"_lm", "_nt_v1", "_nt_v2", "_context_req", "_temp_negotiate", "_credential"} <= set(vars(proxy))
+    spnego_compat.ntlm_without_environment(proxy)
+    assert (proxy._lm, proxy._nt_v1, proxy._nt_v2) == (False, False, True)
+
+
 def test_every_override_still_overrides_something() -> None:
     for ours in (AcceptorNTLM, InitiatorNegotiate):
         base = ours.__mro__[1]

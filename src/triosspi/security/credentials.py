@@ -28,9 +28,9 @@ from .spnego_compat import (
     AcceptorNTLM,
     InitiatorNegotiate,
     Proxy,
+    ntlm_without_environment,
     rc4k,
     reset_crypto,
-    upper_case_as_windows,
 )
 
 #: A mechanism that authenticates; Negotiate is what chooses between them.
@@ -250,7 +250,8 @@ class Initiator:
 
     Args:
       username: ``DOM\user``, ``user@realm`` or ``user``. None takes the credentials that the system
-          has: a Kerberos ticket, or on Windows the logged-on user.
+          has: a Kerberos ticket, or on Windows the logged-on user. What else of the environment is
+          obeyed, and what never, is in docs/environment.md.
       password: never shown in a repr.
       ccache: a Kerberos credential cache to take instead of a password, as ``FILE:/tmp/krb5cc_0``.
       keytab: a keytab with the user's key to take instead of a password, as ``/etc/client.keytab``.
@@ -337,8 +338,11 @@ class Initiator:
             return spnego.client(protocol=self.mechanism if self.raw else "negotiate", **arguments)
         if self.raw:
             options = NegotiateOptions.use_ntlm if self.mechanism == "ntlm" else NegotiateOptions.use_gssapi
-            return upper_case_as_windows(spnego.client(protocol=self.mechanism, options=options, **arguments))
-        wanted = MECHANISMS if self.mechanism == "negotiate" else (self.mechanism,)
+            return ntlm_without_environment(spnego.client(protocol=self.mechanism, options=options, **arguments))
+        wanted = tuple(MECHANISMS) if self.mechanism == "negotiate" else (self.mechanism,)
+        if self.password is None:
+            # A ticket is meant; pyspnego would look for an NTLM account in a file that NTLM_USER_FILE names.
+            wanted = ("kerberos",)
         return InitiatorNegotiate([MECHANISMS[name] for name in wanted], **arguments)
 
 

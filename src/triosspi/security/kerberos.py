@@ -5,6 +5,8 @@ python-gssapi is optional, so it is imported where it is first needed.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +14,8 @@ from typing import Any, Final
 from .._errors import AuthenticationError, ConfigurationError, printable
 from .identity import PAC, ContextFlag
 from .names import simple_upper
+
+log = logging.getLogger("triosspi.kerberos")
 
 _KERBEROS_OID: Final = "1.2.840.113554.1.2.2"
 
@@ -69,6 +73,8 @@ def acceptor_credential(keytab: str | None) -> object:
       ConfigurationError: there are none, or python-gssapi is not installed.
     """
     gssapi = require_gssapi()
+    if os.environ.get("KRB5RCACHENAME", "").startswith("none") or os.environ.get("KRB5RCACHETYPE") == "none":
+        log.warning("Kerberos: the environment's KRB5RCACHENAME or KRB5RCACHETYPE turns the replay cache off: unset it")
     store = None if keytab is None else {"keytab": keytab}
     try:
         return gssapi.Credentials(usage="accept", mechs=[gssapi.OID.from_int_seq(_KERBEROS_OID)], store=store)

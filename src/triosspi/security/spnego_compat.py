@@ -56,10 +56,10 @@ __all__ = [
     "mics_exchanged",
     "nt_hash",
     "ntlm_flags",
+    "ntlm_without_environment",
     "rc4k",
     "reset_crypto",
     "sspi_context",
-    "upper_case_as_windows",
 ]
 
 #: A context of pyspnego's, or our own SPNEGO acceptor around some.
@@ -173,14 +173,24 @@ class AcceptorNTLM(NTLMProxy):
         self._complete = True
 
 
-def upper_case_as_windows(proxy: ContextProxy) -> ContextProxy:
-    """Have an NTLM initiator upper-case its user name as Windows, Samba and .NET do; returns it.
+def ntlm_without_environment(proxy: ContextProxy) -> ContextProxy:
+    """Have an NTLM initiator that has not begun speak NTLMv2, and nothing weaker; returns it.
 
-    pyspnego takes Unicode's full mapping, by which ``straße`` could not log in to any of these.
+    pyspnego obeys LM_COMPAT_LEVEL: up to 2 it sends NTLMv1, of which the password's hash is a matter of hours
+    to whoever records it. The user name is upper-cased as Windows, Samba and .NET do; pyspnego takes Unicode's
+    full mapping, by which ``straße`` could not log in to any of these.
     """
-    if isinstance(proxy, NTLMProxy) and proxy._credential is not None and proxy._credential.username:
-        proxy._credential.username = AccountName(proxy._credential.username)
+    if isinstance(proxy, NTLMProxy):
+        proxy._lm = proxy._nt_v1 = False
+        proxy._nt_v2 = True
+        proxy._context_req = _ntlmv2_request(proxy._context_req)
+        if proxy._credential is not None and proxy._credential.username:
+            proxy._credential.username = AccountName(proxy._credential.username)
     return proxy
+
+
+def _ntlmv2_request(flags: int) -> Any:
+    return (NegotiateFlags(flags) | NegotiateFlags.extended_session_security) & ~NegotiateFlags.lm_key
 
 
 class InitiatorNegotiate(NegotiateProxy):
@@ -215,8 +225,14 @@ class InitiatorNegotiate(NegotiateProxy):
         channel_bindings: GssChannelBindings | None = None,
     ) -> list[str]:
         mechanisms = super()._rebuild_context_list(mech_types, channel_bindings)
-        for context, _ in self._context_list.values():
-            upper_case_as_windows(context)
+        for mech, (context, _) in self._context_list.items():
+            if isinstance(context, NTLMProxy):
+                weak = context._context_req != _ntlmv2_request(context._context_req)
+                ntlm_without_environment(context)
+                if weak:
+                    # Its first message is made already, and asks for less.
+                    context._temp_negotiate = None
+                    self._context_list[mech] = context, context.step(channel_bindings=channel_bindings)
         return mechanisms
 
 
