@@ -9,9 +9,12 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -426,21 +429,44 @@ def test_row_h_the_log_has_the_true_reason(connect: Connect, client: Client, rea
         log_in(connect(), client)
 
 
-def test_row_h_an_unknown_account_takes_the_same_steps_as_a_wrong_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triosspi.security import ntlm
+WRONG_PASSWORD = Client(password="wrong")
 
-    def count_hashes(client: Client) -> int:
-        calls = []
-        real = ntlm.hmac_md5
-        with monkeypatch.context() as patch:
-            patch.setattr(ntlm, "hmac_md5", lambda key, data: calls.append(len(data)) or real(key, data))
-            with pytest.raises(Refused):
-                log_in(SessionTalk(Acceptor(accounts=accounts())), client)
-        return len(calls)
 
-    wrong_password = count_hashes(Client(password="wrong"))
-    assert wrong_password > 2
-    assert count_hashes(Client(user="mallo")) == wrong_password
+@pytest.mark.parametrize(
+    ("client", "baseline"),
+    [
+        (Client(user="zelda", password="wrong"), WRONG_PASSWORD),
+        (Client(domain="XYZ", password="wrong"), WRONG_PASSWORD),
+        (Client(user="disabled", password="wrong"), WRONG_PASSWORD),
+        (Client(user="disabled"), WRONG_PASSWORD),
+        # Letters beyond ASCII cost what they cost, for an account and for none.
+        (Client(user="stroße", domain="PC"), Client(user="straße", domain="PC", password="wrong")),
+    ],
+    ids=["unknown account", "unknown domain", "disabled", "disabled, right password", "without a domain"],
+)
+def test_row_h_whoever_is_refused_takes_the_same_steps_as_a_wrong_password(client: Client, baseline: Client) -> None:
+    """Each call, ours and the library's: whoever asks must not learn by a clock which accounts there are."""
+
+    def calls(client: Client) -> Counter[str]:
+        found: Counter[str] = Counter()
+
+        def profile(frame: Any, event: str, argument: Any) -> None:
+            if event == "call":
+                found[frame.f_code.co_qualname] += 1
+            elif event == "c_call":
+                found[argument.__qualname__] += 1
+
+        context = Acceptor(accounts=accounts()).new_context()
+        authenticate = client.authenticate(context.step(client.negotiate()))
+        sys.setprofile(profile)
+        try:
+            with pytest.raises(AuthenticationError):
+                context.step(authenticate)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    assert calls(client) == calls(baseline)
 
 
 # R: whose blob it is

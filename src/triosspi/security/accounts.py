@@ -33,6 +33,9 @@ _NT_HASH_SIZE: Final = 16
 _CLEAR_FIELDS: Final = 3
 _SMBPASSWD_FIELDS: Final = 6
 
+# What is unpacked where there is no account; its name is of the common length.
+_NOBODY: Final = bytes(_NT_HASH_SIZE + 1) + b"NOWHERE\\nobody"
+
 # A character of these in a name could end a field of the file, or make "DOM\user" ambiguous.
 _FORBIDDEN: Final = frozenset("\\:\0\r\n")
 
@@ -125,10 +128,12 @@ class AccountTable:
 
     def lookup(self, domain: str, user: str) -> Account | None:
         """See `AccountSource.lookup`."""
-        packed = self._packed.get(account_key(domain, user))
-        if packed is None and domain:
-            packed = self._packed.get(account_key("", user))
-        return None if packed is None else self._unpack(packed)
+        # Found or not, in its domain or without one, the same steps: whoever asks must not learn by a clock what there is.
+        own = self._packed.get(account_key(domain, user))
+        shared = self._packed.get(account_key("", user))
+        packed = shared if own is None else own
+        account = self._unpack(_NOBODY if packed is None else packed)
+        return None if packed is None else account
 
     @staticmethod
     def _unpack(packed: bytes) -> Account:

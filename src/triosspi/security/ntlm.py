@@ -210,7 +210,7 @@ class Login:
 
 
 # Whoever is not in the account file is verified against this, so that it takes as long.
-_NOBODY: Final = Account("", "nobody", bytes(16), enabled=False)
+_NOBODY: Final = Account("NOWHERE", "nobody", bytes(16), enabled=False)
 
 
 def verify(
@@ -250,8 +250,8 @@ def verify(
             session_base_key = base_key
     who = printable(f"{message.domain}\\{message.user}" if message.domain else message.user)
     # As whom it is counted: whoever guesses at one account spells its name in many ways.
-    spelled = simple_upper(f"{message.domain}\\{message.user}")
-    principal = spelled if account is None else account.principal
+    spelled, named = simple_upper(f"{message.domain}\\{message.user}"), known.principal
+    principal = spelled if account is None else named
     if account is None:
         raise AuthenticationError(f"NTLM: no account {who}", principal=principal)
     if session_base_key is None:
