@@ -17,6 +17,9 @@ import trio
 
 from forge import OID_NTLM, neg_token_init, negotiate
 from harness import PASSWORD, make_acceptor, make_initiator, make_sessions
+from peers.base import PeerError
+from peers.dotnet import DOTNET_NTLM, dotnet
+from peers.requirements import require
 from triosspi import (
     AuthenticationError,
     ForeignProtocolError,
@@ -211,10 +214,9 @@ def speak_http(port: int) -> None:
 
 
 def speak_negotiate_stream(port: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
-        sock.sendall(negotiate_stream(NEGOTIATE))
-        with contextlib.suppress(ConnectionResetError):
-            assert sock.recv(1) == b""
+    require(DOTNET_NTLM)
+    with pytest.raises(PeerError, match="IOException|AuthenticationException"):
+        dotnet.ask(do="negotiate_stream", port=port, username="alice", password=PASSWORD, domain="DOM")
 
 
 @pytest.mark.parametrize(
