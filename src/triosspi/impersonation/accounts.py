@@ -11,7 +11,9 @@ matches decides::
     DOM\*                      *
     *@EXAMPLE.COM              visitor
 
-``-`` is nobody. ``*`` on the right stands for what ``*`` stands for on the left: the principal's name
+A principal or pattern is a rule of `triosspi.security.rules`: ``alice@EXAMPLE.COM`` is who has a ticket for that name, and not an
+NTLM account that is called so (that would be ``ntlm:alice@EXAMPLE.COM``). A line that says ``-``, nobody, is about whoever logs
+in under that name, by whatever mechanism and in any spelling. ``*`` on the right stands for what ``*`` stands for on the left: the principal's name
 without its domain.
 
 There is no way to a local account but through a line (or, where that was asked for, the ``auth_to_local``
@@ -33,7 +35,7 @@ from typing import Final
 
 from .._errors import ConfigurationError, ImpersonationError, printable
 from ..security.identity import PeerIdentity
-from ..security.names import simple_upper
+from ..security.rules import Rule
 from .auth_to_local import auth_to_local, check_auth_to_local
 
 #: Where accounts of people begin: login.defs's UID_MIN nearly everywhere.
@@ -46,7 +48,6 @@ _CACHE_SIZE: Final = 4096
 # "alice@REALM  alice", '"DOM\Bob Smith"  bob', and a comment behind them.
 _LINE: Final = re.compile(r'(?:"(?P<quoted>[^"]+)"|(?P<plain>[^\s"]+))\s+(?P<account>[^\s"#]+)(?:\s+#.*)?')
 _NOBODY: Final = "-"
-_SID: Final = re.compile(r"S-1-\d+(-\d+)+", re.IGNORECASE)
 # What a peer's own name may be to be looked up as a local one: not "..", no path, no realm, no option, no list.
 _NAME: Final = re.compile(r"\w[\w.-]*\$?")
 
@@ -88,26 +89,30 @@ class LocalAccount:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
-    r"""One line: whom it is about, and what becomes of him.
+class _Line:
+    """One line: whom it is about, and what becomes of them.
 
     Attributes:
-      who: a principal, ``*@REALM`` or ``DOM\*``.
+      rule: whom.
       account: a local account, `_NOBODY`, or ``*`` for the peer's own name.
       where: file and line.
     """
 
-    who: str
+    rule: Rule
     account: str
     where: str
 
     @property
     def named(self) -> bool:
         """Whether it is about one principal."""
-        return "*" not in self.who
+        return not self.rule.is_pattern
+
+    def decides(self, peer: PeerIdentity) -> bool:
+        """Whether it is about a peer."""
+        return self.rule.takes(peer) if self.account == _NOBODY else self.rule.gives(peer)
 
 
-def _parse_line(line: str, where: str) -> _Rule | None:
+def _parse_line(line: str, where: str) -> _Line | None:
     text = line.strip()
     if not text or text.startswith("#"):
         return None
@@ -117,24 +122,15 @@ def _parse_line(line: str, where: str) -> _Rule | None:
             f"{where}: write a principal or pattern, then a local account, such as 'DOM\\bob  bob'"
         )
     who, account = match["quoted"] or match["plain"], match["account"]
-    name = who.removeprefix("*@") if who.startswith("*@") else who.removesuffix("\\*")
-    if not name or "*" in name or name.startswith(("@", "\\")) or name.endswith(("@", "\\")):
-        raise ConfigurationError(f"{where}: {who!r} is neither a principal, nor '*@REALM', nor 'DOM\\*'")
-    if _SID.fullmatch(who):
+    try:
+        rule = Rule.parse(who)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{where}: {exc}") from None
+    if rule.is_sid:
         raise ConfigurationError(f"{where}: a SID; accounts are mapped by the principal's name")
-    if "*" in account and (account != "*" or name == who):
+    if "*" in account and (account != "*" or not rule.is_pattern):
         raise ConfigurationError(f"{where}: '*' as local account is for a pattern's own '*', and stands alone")
-    return _Rule(who, account, where)
-
-
-def _matches(rule: _Rule, peer: PeerIdentity) -> bool:
-    found = [peer.principal]
-    if peer.domain:
-        found.append(f"*@{peer.domain}" if peer.mechanism == "kerberos" else f"{peer.domain}\\*")
-    # As in `security.authorization`: to an MIT KDC "Alice" and "alice" are two people.
-    if peer.mechanism == "ntlm" or peer.pac is not None:
-        return simple_upper(rule.who) in map(simple_upper, found)
-    return rule.who in found
+    return _Line(rule, account, where)
 
 
 class AccountMap:
@@ -169,21 +165,21 @@ class AccountMap:
             check_auth_to_local()
         self._auth_to_local = auth_to_local
         self.min_uid = min_uid
-        self._rules = [] if path is None else _read(Path(path))
+        self._lines = [] if path is None else _read(Path(path))
         self._cache: dict[tuple[str, str, bool], tuple[LocalAccount, float]] = {}
         #: The accounts that lines name, each once.
         self.named: list[LocalAccount] = self._look_up_named()
 
     def _look_up_named(self) -> list[LocalAccount]:
         found: dict[str, LocalAccount] = {}
-        for rule in self._rules:
-            if rule.account in ("*", _NOBODY):
+        for line in self._lines:
+            if line.account in ("*", _NOBODY):
                 continue
             try:
-                account = found[rule.account] = LocalAccount.lookup(rule.account)
-                self._check_floor(account, named=rule.named)
+                account = found[line.account] = LocalAccount.lookup(line.account)
+                self._check_floor(account, named=line.named)
             except ImpersonationError as exc:
-                raise ConfigurationError(f"{rule.where}: {exc}") from None
+                raise ConfigurationError(f"{line.where}: {exc}") from None
         return list(found.values())
 
     def _check_floor(self, account: LocalAccount, *, named: bool) -> None:
@@ -214,14 +210,14 @@ class AccountMap:
 
     def _local_name(self, peer: PeerIdentity) -> tuple[str, bool]:
         who = printable(peer.principal)
-        for rule in self._rules:
-            if _matches(rule, peer):
-                if rule.account == _NOBODY:
-                    raise ImpersonationError(f"{who} is nobody here ({rule.where})")
-                if rule.account != "*":
-                    return rule.account, rule.named
+        for line in self._lines:
+            if line.decides(peer):
+                if line.account == _NOBODY:
+                    raise ImpersonationError(f"{who} is nobody here ({line.where})")
+                if line.account != "*":
+                    return line.account, line.named
                 if not _NAME.fullmatch(peer.name):
-                    raise ImpersonationError(f"{who} has no name that a local account could have ({rule.where})")
+                    raise ImpersonationError(f"{who} has no name that a local account could have ({line.where})")
                 return peer.name, False
         if self._auth_to_local and peer.mechanism == "kerberos":
             name = auth_to_local(peer.principal)
@@ -235,7 +231,7 @@ def _key(peer: PeerIdentity) -> tuple[str, str, bool]:
     return peer.principal, peer.mechanism, peer.pac is not None
 
 
-def _read(path: Path) -> list[_Rule]:
+def _read(path: Path) -> list[_Line]:
     try:
         with path.open(encoding="utf-8") as file:
             status = os.fstat(file.fileno())
@@ -249,8 +245,8 @@ def _read(path: Path) -> list[_Rule]:
         status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid())
     ):
         raise ConfigurationError(f"{path}: others than root and this server may write it: chmod 644, chown root")
-    rules = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1)]
-    found = [rule for rule in rules if rule is not None]
+    lines = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1)]
+    found = [line for line in lines if line is not None]
     if not found:
         raise ConfigurationError(f"{path}: no line maps anybody")
     return found
