@@ -70,7 +70,7 @@ def test_a_new_password_replaces_the_line_where_it_stands_and_keeps_every_other_
         "\n"
         "  indented rubbish:x\r\n"
         "DOM\\bob:1000:00000000000000000000000000000000:8846F7EAEE8FB117AD06BDD830B7586C:[U          ]:LCT-1:\r\n"
-        "ALICE:is:not:this:one\u2028still the same line\n"
+        "ALICE:is:not:this:one\n"
         "DOM:carol:in clear\n"
         "\n"
         "no line feed at the end",
@@ -83,7 +83,7 @@ def test_a_new_password_replaces_the_line_where_it_stands_and_keeps_every_other_
     changed = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     # A line that ends with Samba's colon and a carriage return is a line all the same.
     assert changed == [3]
-    assert hashes(path)["DOM\\bob"] == nt_hash(PASSWORD)
+    assert f":{nt_hash(PASSWORD).hex().upper()}:".encode() in after[3]
     assert add(path, "dave", PASSWORD)
     assert path.read_bytes().split(b"\n")[:8] == after
 
@@ -226,6 +226,33 @@ def test_of_two_lines_for_one_account_the_one_that_counts_is_changed(path: Path)
     assert path.read_text().endswith("\nDOM:alice:second\n")
 
 
+def test_who_is_disabled_or_removed_is_so_by_all_lines_of_that_name(path: Path) -> None:
+    for name in ("alice", "bob", "alice"):
+        with edit(path) as lines:
+            lines.append(account_editor.format_line(name, nt_hash(PASSWORD)))
+    set_enabled(path, "alice", enabled=False)
+    assert path.read_text().count("[UD         ]") == 2
+    set_enabled(path, "alice", enabled=True)
+    assert [account.enabled for account in AccountFile(path)] == [True, True]
+    remove(path, "alice")
+    assert list(hashes(path)) == ["bob"]
+
+
+def test_a_file_of_windows_is_edited_and_loses_its_mark_alone(path: Path) -> None:
+    line = f"DOM\\alice:1:{'0' * 32}:{'1' * 32}:[U          ]:LCT-1"
+    path.write_bytes(f"\ufeff{line}\r\n# staff\r\n".encode())
+    assert add(path, "bob", PASSWORD)
+    assert path.read_bytes().startswith(f"{line}\r\n# staff\r\nbob:".encode())
+    assert not add(path, "dom\\ALICE", PASSWORD)
+    set_enabled(path, "DOM\\alice", enabled=False)
+    assert [(account.principal, account.enabled) for account in AccountFile(path)] == [
+        ("DOM\\alice", False),
+        ("bob", True),
+    ]
+    remove(path, "DOM\\alice")
+    assert list(hashes(path)) == ["bob"]
+
+
 def test_passwords_in_clear_within_the_file_are_replaced_by_hashes(path: Path) -> None:
     add(path, "bob", "b")
     with path.open("a") as file:
@@ -248,7 +275,7 @@ def test_an_error_within_an_edit_leaves_the_file_as_it_was(path: Path) -> None:
 
 def test_a_file_that_is_not_text_is_not_changed(path: Path) -> None:
     path.write_bytes(b"# caf\xe9\n")
-    with pytest.raises(ConfigurationError, match=r"accounts is not UTF-8 text$"):
+    with pytest.raises(ConfigurationError, match=r"accounts is not UTF-8 text, as line 1 shows: save it as UTF-8$"):
         add(path, "alice", PASSWORD)
     assert path.read_bytes() == b"# caf\xe9\n"
 

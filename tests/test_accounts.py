@@ -196,14 +196,40 @@ def test_a_lookup_does_the_same_work_among_one_and_among_many(monkeypatch: pytes
 # Files
 
 
-def test_a_bad_line_is_reported_with_its_number_and_the_rest_serves(
+def test_a_bad_line_refuses_the_whole_file_and_all_of_them_are_told_with_their_numbers(
     write: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write("# people", "nonsense", LINE, "x:y")
-    file = AccountFile(path)
-    assert len(file) == 1
-    assert f"{path}:2: line ignored: 1 fields" in caplog.text
-    assert f"{path}:4: line ignored: 2 fields" in caplog.text
+    """The bad one may have disabled an account for which another line would then answer."""
+    file = AccountFile(write(LINE, LINE.replace("DOM\\alice", "bob")))
+    path = write("# people", LINE.replace("[U ", "UD "), LINE.replace("DOM\\", ""), "x:y", "DOM:carol:")
+    with pytest.raises(ConfigurationError) as caught:
+        AccountFile(path)
+    assert str(caught.value) == (
+        f"the account file {path} cannot be used until these lines are mended or removed: "
+        "line 2: the flags are not in brackets, as in [U]; "
+        "line 4: 2 fields between colons; an smbpasswd line has 6, DOMAIN:USER:PASSWORD 3; "
+        "line 5: the password is empty"
+    )
+    assert file.lookup("DOM", "bob") is not None
+    assert f"{caught.value}; the 2 accounts read before still serve" in caplog.text
+
+
+def test_a_file_that_is_none_of_accounts_is_told_in_one_short_error(write: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigurationError, match="; and 980 more$") as caught:
+        AccountFile(write(*["nonsense"] * 1000))
+    assert len(str(caught.value)) < 4096
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_lines_for_one_account_the_first_counts_and_either_can_disable_it(
+    write: Callable[..., Path], order: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    disabled = LINE.replace("[U ", "[UD").replace(HASH, "1" * 32)
+    file = AccountFile(write(*[LINE, disabled][::order]))
+    account = file.lookup("DOM", "alice")
+    assert account is not None and not account.enabled
+    assert account.nt_hash.hex().upper() == [HASH, "1" * 32][::order][0]
+    assert "accounts:2: line ignored: 'DOM\\\\alice' stands further up" in caplog.text
 
 
 def test_a_file_readable_by_others_is_warned_about(
@@ -234,8 +260,8 @@ def test_windows_line_ends_are_read(tmp_path: Path) -> None:
     ("spoil", "problem"),
     [
         (lambda path: path.unlink(), "No such file"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "not UTF-8"),
-        (lambda path: path.write_text("nonsense\n"), "no line of"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "is UTF-16 text"),
+        (lambda path: path.write_text("nonsense\n"), "line 1: 1 fields"),
         (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     ],
     ids=["gone", "not text", "nonsense", "a directory"],

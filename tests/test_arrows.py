@@ -19,10 +19,11 @@ PACKAGE = Path(triosspi.__file__).parent
 ABOVE: dict[str, set[str]] = {
     "_framing": set(),
     "_errors": set(),
+    "_texts": {"_errors"},
     "_beginnings": {"_errors"},
     "_wire": {"_framing", "_errors", "_beginnings"},
     "_sealing": set(),
-    "security": {"_errors", "_sealing", "security"},
+    "security": {"_errors", "_texts", "_sealing", "security"},
     "_session": {"_framing", "_errors", "_wire", "security"},
     "_server_threads": set(),
     "_channel": {"_framing", "_errors", "_wire", "security", "_session", "_server_threads"},
@@ -30,11 +31,12 @@ ABOVE: dict[str, set[str]] = {
     "_listener": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_accepting"},
     "_tcp": {"_framing", "_errors", "_wire", "security", "_session", "_channel", "_accepting", "_listener"},
     "_thread_ids": set(),
-    "impersonation": {"_errors", "security", "_thread_ids", "_server_threads", "impersonation"},
+    "impersonation": {"_errors", "_texts", "security", "_thread_ids", "_server_threads", "impersonation"},
     "service": {
         *(
             "_framing",
             "_errors",
+            "_texts",
             "_wire",
             "security",
             "_session",
@@ -144,7 +146,7 @@ print(json.dumps(loaded))
 
 def test_importing_anything_above_the_channel_does_not_import_trio():
     security = sorted(f"security.{path.stem}" for path in (PACKAGE / "security").glob("*.py"))
-    pure = ["_framing", "_errors", "_beginnings", "_wire", *security, "_session"]
+    pure = ["_framing", "_errors", "_texts", "_beginnings", "_wire", *security, "_session"]
     # `_channel` at the end shows that the probe can see it.
     run = subprocess.run(
         [sys.executable, "-c", PROBE, str(PACKAGE), *pure, "_channel"],

@@ -234,7 +234,9 @@ def test_a_file_that_cannot_be_read_is_named_and_the_variables_are_judged_all_th
     assert found[1].startswith("TRIOSSPI_PORT must be")
     assert problems(tmp_path) == [f"cannot read the configuration {tmp_path}: Is a directory"]
     (tmp_path / "latin1").write_bytes(b"# caf\xe9\n")
-    assert problems(tmp_path / "latin1") == [f"the configuration {tmp_path}/latin1 is not UTF-8 text"]
+    assert problems(tmp_path / "latin1") == [
+        f"the configuration {tmp_path}/latin1 is not UTF-8 text, as line 1 shows: save it as UTF-8"
+    ]
     (tmp_path / "deep").write_text("x = " + "[" * 100_000)
     assert problems(tmp_path / "deep") == [f"{tmp_path}/deep:1: too deeply nested"]
 
@@ -265,8 +267,10 @@ def test_a_value_of_any_length_or_depth_is_a_line_of_its_own_and_not_the_servers
     assert len(found) < 300
 
 
-def test_a_file_without_an_end_is_not_read_to_it() -> None:
-    assert problems(Path("/dev/zero").parent / "zero") == ["the configuration /dev/zero is longer than 1 MiB"]
+def test_a_file_without_an_end_is_not_read_at_all() -> None:
+    assert problems(Path("/dev/zero").parent / "zero") == [
+        "the configuration /dev/zero is no regular file: put what is to be read into one"
+    ]
 
 
 def test_an_error_that_nobody_has_foreseen_is_a_configuration_error_with_nothing_hanging_on_it(

@@ -46,6 +46,7 @@ from triosspi.security.context import SecurityContext
 from triosspi.security.sealers import ProxySealer
 from triosspi.security.spnego_compat import nt_hash
 from triosspi.service import account_editor
+from triosspi.service.cli.passwords import read_clear, read_password_file
 
 PASSWORD = "Tr0ub4dor&3-and-more"
 
@@ -259,6 +260,8 @@ def test_no_error_of_an_account_file_leads_to_its_lines(secrets: Secrets, tmp_pa
         lambda: account_editor.set_enabled(path, "somebody", enabled=True),
         lambda: account_editor.import_clear(broken, [line]),
         lambda: account_editor.hash_clear(broken),
+        lambda: read_password_file(broken),
+        lambda: read_clear(broken),
     ):
         with pytest.raises(ConfigurationError) as caught:
             attempt()

@@ -62,15 +62,9 @@ def say(session: Session, token: bytes) -> bytes:
 @pytest.fixture
 def account_file(tmp_path: Path) -> Path:
     path = tmp_path / "accounts"
-    # Clear, malformed in several ways, and good: each with the secret in it.
+    # Clear, and good: each with the secret in it.
     digest = nt_hash(PASSWORD).hex().upper()
-    path.write_text(
-        f"DOM:alice:{PASSWORD}\n"
-        f"DOM:bob:{PASSWORD}:too:many\n"
-        f"DOM\\carol:1:{'0' * 32}:{digest}:no brackets:LCT-0\n"
-        f"DOM\\dave:1:{'0' * 32}:{digest}0:[U]:LCT-0\n"
-        f"DOM\\erin:1:{'0' * 32}:{digest}:[U]:LCT-0\n"
-    )
+    path.write_text(f"DOM:alice:{PASSWORD}\nDOM\\erin:1:{'0' * 32}:{digest}:[U]:LCT-0\n")
     path.chmod(0o644)
     return path
 
@@ -106,6 +100,15 @@ async def test_nothing_secret_is_logged_even_at_debug(
     assert await server.receive() == b"hello"
     _, _, errors = await handshake(account_file, raw=raw, password=PASSWORD + "!")
     assert errors
+    # An edit that breaks the file, in several ways, each with the secret in it.
+    accounts = AccountFile(account_file)
+    digest = nt_hash(PASSWORD).hex().upper()
+    with account_file.open("a") as file:
+        file.write(f"DOM:bob:{PASSWORD}:too:many\n")
+        file.write(f"DOM\\carol:1:{'0' * 32}:{digest}:no brackets:LCT-0\n")
+        file.write(f"DOM\\dave:1:{'0' * 32}:{digest}0:[U]:LCT-0\n")
+    assert accounts.lookup("DOM", "alice") is not None
+    assert "line 5: the NT hash" in caplog.text
     assert len(caplog.records) > 5
     assert_harmless(caplog.text)
 

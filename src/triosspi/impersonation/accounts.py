@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from .. import _texts
 from .._errors import ConfigurationError, ImpersonationError, printable
 from ..security.identity import PeerIdentity
 from ..security.rules import Rule
@@ -232,20 +233,16 @@ def _key(peer: PeerIdentity) -> tuple[str, str, bool]:
 
 
 def _read(path: Path) -> list[_Line]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            status = os.fstat(file.fileno())
-            text = file.read()
-    except OSError as exc:
-        raise ConfigurationError(f"cannot read the account map {path}: {exc.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"the account map {path} is not UTF-8 text") from None
+    content = _texts.read(path, "the account map", _texts.SMALL)
+    status = content.status
     # Whoever may write it may be anybody. Windows has neither these bits nor this file.
     if os.name == "posix" and (
         status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid())
     ):
         raise ConfigurationError(f"{path}: others than root and this server may write it: chmod 644, chown root")
-    lines = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), start=1)]
+    text = _texts.decode_lines(content.data, f"the account map {path}")
+    # One line that cannot be read, and nobody is anybody: it may have been the one that makes somebody nobody.
+    lines = [_parse_line(line, f"{path}:{number}") for number, line in _texts.lines(text)]
     found = [line for line in lines if line is not None]
     if not found:
         raise ConfigurationError(f"{path}: no line maps anybody")

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from .. import _texts
 from .._errors import ConfigurationError, handles_secrets, printable
 from .names import simple_upper
 from .spnego_compat import nt_hash
@@ -32,6 +33,8 @@ log = logging.getLogger("triosspi.accounts")
 _NT_HASH_SIZE: Final = 16
 _CLEAR_FIELDS: Final = 3
 _SMBPASSWD_FIELDS: Final = 6
+# Bad lines that one error tells of.
+_MOST_TOLD: Final = 20
 
 # What is unpacked where there is no account; its name is of the common length.
 _NOBODY: Final = bytes(_NT_HASH_SIZE + 1) + b"NOWHERE\\nobody"
@@ -119,9 +122,15 @@ class AccountTable:
         return map(self._unpack, self._packed.values())
 
     def add(self, account: Account) -> bool:
-        """Add an account; the first of two with the same name stays. Returns whether it was added."""
+        """Add an account; the first of two with the same name stays. Returns whether it was added.
+
+        If either of the two is disabled, the one that stays is: whoever disabled it meant the account, not a line.
+        """
         key = account_key(account.domain, account.name)
-        if key in self._packed:
+        first = self._packed.get(key)
+        if first is not None:
+            if not account.enabled:
+                self._packed[key] = first[:_NT_HASH_SIZE] + bytes([False]) + first[_NT_HASH_SIZE + 1 :]
             return False
         self._packed[key] = account.nt_hash + bytes([account.enabled]) + account.principal.encode()
         return True
@@ -158,6 +167,8 @@ def parse_line(line: str) -> tuple[Account, bool] | None:
         domain, user, password = fields
         if not user or _FORBIDDEN.intersection(domain + user):
             raise ConfigurationError("no such account name is possible")
+        if not password:
+            raise ConfigurationError("the password is empty")
         return Account(domain, user, nt_hash(password)), True
     # Samba ends its lines with a colon, pyspnego's reader wants none.
     if len(fields) == _SMBPASSWD_FIELDS or (len(fields) == _SMBPASSWD_FIELDS + 1 and not fields[-1]):
@@ -184,28 +195,40 @@ def parse_line(line: str) -> tuple[Account, bool] | None:
 
 @handles_secrets
 def parse(text: str, source: str) -> AccountTable:
-    """Read a whole account file. A bad line is reported with its number, and the rest still serves.
+    r"""Read a whole account file.
+
+    One line that cannot be read, and none of them counts: had it disabled ``DOM\alice``, then an ``alice`` of any
+    domain would answer for that account instead.
 
     Raises:
-      ConfigurationError: there are lines, and none is an account's.
+      ConfigurationError: of each line that is no account's, its number and why.
     """
     table = AccountTable()
-    clear = bad = 0
-    for number, line in enumerate(text.split("\n"), start=1):
+    clear = 0
+    bad: list[str] = []
+    for number, line in _texts.lines(text):
         try:
-            parsed = parse_line(line.rstrip("\r"))
+            parsed = parse_line(line)
         except ConfigurationError as exc:
-            log.warning("%s:%d: line ignored: %s", source, number, exc)
-            bad += 1
+            bad.append(f"line {number}: {exc}")
             continue
         if parsed is None:
             continue
         account, in_clear = parsed
         clear += in_clear
         if not table.add(account):
-            log.warning("%s:%d: line ignored: %s stands further up", source, number, printable(account.principal))
-    if bad and not len(table):
-        raise ConfigurationError(f"no line of {source} is an account's")
+            but = "" if account.enabled else ", but the account is disabled"
+            log.warning(
+                "%s:%d: line ignored: %s stands further up%s", source, number, printable(account.principal), but
+            )
+    if bad:
+        # All of them, but no megabytes of log of what may be no account file at all.
+        more = f"; and {len(bad) - _MOST_TOLD} more" if len(bad) > _MOST_TOLD else ""
+        raise ConfigurationError(
+            f"the account file {source} cannot be used until these lines are mended or removed: "
+            + "; ".join(bad[:_MOST_TOLD])
+            + more
+        )
     if clear:
         log.warning("%s: %d passwords in clear; 'triosspi accounts import' replaces them by hashes", source, clear)
     return table
@@ -214,9 +237,8 @@ def parse(text: str, source: str) -> AccountTable:
 class AccountFile:
     """An account file on disk, read again whenever it has changed.
 
-    An edit takes effect at the next login. One that cannot be read, or in which no line can be, is
-    reported, and the accounts that were there before still serve; a line that cannot be read is
-    reported with its number, and the others serve.
+    An edit takes effect at the next login. One that cannot be read, or of which a line cannot be, is
+    reported with the numbers of the lines, and the accounts that were there before still serve.
 
     May be used by several threads at once.
 
@@ -224,7 +246,7 @@ class AccountFile:
       path: the file.
 
     Raises:
-      ConfigurationError: it cannot be read.
+      ConfigurationError: it cannot be read, or a line of it cannot be.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -259,7 +281,7 @@ class AccountFile:
     def _signature(self) -> tuple[int, int, int] | None:
         try:
             status = self.path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return None
         return status.st_mtime_ns, status.st_size, status.st_ino
 
@@ -275,15 +297,9 @@ class AccountFile:
 
     @handles_secrets
     def _load(self) -> AccountTable:
-        try:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                self._warn_if_readable(os.fstat(file.fileno()))
-                text = file.read()
-        except OSError as exc:
-            raise ConfigurationError(f"cannot read the account file {self.path}: {exc.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigurationError(f"the account file {self.path} is not UTF-8 text") from None
-        return parse(text, str(self.path))
+        content = _texts.read(self.path, "the account file", _texts.LARGE)
+        self._warn_if_readable(content.status)
+        return parse(_texts.decode_lines(content.data, f"the account file {self.path}"), str(self.path))
 
     def _warn_if_readable(self, status: os.stat_result) -> None:
         # Windows has no such bits; there the file is not used either.

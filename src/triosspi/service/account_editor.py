@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from .. import _texts
 from .._errors import ConfigurationError, handles_secrets, printable
 from ..security.accounts import Account, account_key, parse_line, split_principal
 from ..security.spnego_compat import nt_hash
@@ -45,17 +46,16 @@ def edit(path: Path) -> Iterator[list[str]]:
     path = Path(os.path.realpath(path))
     try:
         with _locked(path) as fd:
-            with open(fd, encoding="utf-8", closefd=False, newline="") as file:
-                # Not splitlines(): a name may hold a character that it takes for a line's end.
-                lines = file.read().removesuffix("\n").split("\n")
+            name = f"the account file {path}"
+            # A byte order mark is not written back. A line keeps its carriage return until it is changed.
+            text = _texts.decode_lines(_texts.read_open(fd, name, _texts.LARGE).data, name)
+            lines = text.removesuffix("\n").split("\n")
             if lines == [""]:
                 lines.clear()
             before = list(lines)
             yield lines
             if lines != before:
                 _replace(path, "".join(f"{line}\n" for line in lines), os.fstat(fd))
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"the account file {path} is not UTF-8 text") from None
     except OSError as exc:
         raise ConfigurationError(f"cannot change the account file {path}: {exc.strerror}") from None
 
@@ -66,7 +66,7 @@ def _locked(path: Path) -> Iterator[int]:
     import fcntl  # noqa: PLC0415 - POSIX; on Windows there are no account files
 
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             # The writer that was waited for has put another file in this one's place.
@@ -105,7 +105,7 @@ def _accounts(lines: list[str]) -> Iterator[tuple[int, Account, bool]]:
     """The accounts: where each stands, and whether its password does so in clear."""
     for index, line in enumerate(lines):
         try:
-            parsed = parse_line(line.rstrip("\r"))
+            parsed = parse_line(line.removesuffix("\r"))
         except ConfigurationError:
             continue
         if parsed is not None:
@@ -180,7 +180,9 @@ def remove(path: Path, principal: str) -> None:
       ConfigurationError: there is none of that name, or the file cannot be used.
     """
     with _existing(path) as lines:
-        del lines[_require(lines, path, principal)]
+        # All, or the next one of that name would be the one that counts, with a password of long ago.
+        for index in reversed(_require(lines, path, principal)):
+            del lines[index]
 
 
 @handles_secrets
@@ -191,15 +193,15 @@ def set_enabled(path: Path, principal: str, enabled: bool) -> None:
       ConfigurationError: there is none of that name, its line has no flags, or the file cannot be used.
     """
     with _existing(path) as lines:
-        index = _require(lines, path, principal)
-        fields = lines[index].split(":")
-        if len(fields) < _SMBPASSWD_FIELDS:
-            raise ConfigurationError(
-                f"{principal} has its password in clear: run 'triosspi accounts import {path}' first"
-            )
-        flags = fields[4].strip("[]").replace(" ", "").replace("D", "")
-        fields[4] = _format_flags(flags if enabled else flags + "D")
-        lines[index] = ":".join(fields)
+        for index in _require(lines, path, principal):
+            fields = lines[index].split(":")
+            if len(fields) < _SMBPASSWD_FIELDS:
+                raise ConfigurationError(
+                    f"{principal} has its password in clear: run 'triosspi accounts import {path}' first"
+                )
+            flags = fields[4].strip("[]").replace(" ", "").replace("D", "")
+            fields[4] = _format_flags(flags if enabled else flags + "D")
+            lines[index] = ":".join(fields)
 
 
 @handles_secrets
@@ -226,7 +228,7 @@ def import_clear(path: Path, source: Iterable[str]) -> tuple[int, list[str]]:
         where = {account_key(account.domain, account.name): (index, account) for index, account, _ in existing}
         for number, raw in enumerate(source, start=1):
             try:
-                parsed = parse_line(raw.rstrip("\r\n"))
+                parsed = parse_line(raw.removesuffix("\n").removesuffix("\r"))
                 if parsed is not None and not parsed[1]:
                     raise ConfigurationError("not of the form DOMAIN:USER:PASSWORD")  # noqa: TRY301
                 if parsed is not None:
@@ -271,8 +273,10 @@ def _existing(path: Path) -> Iterator[list[str]]:
         yield lines
 
 
-def _require(lines: list[str], path: Path, principal: str) -> int:
-    found = _find(lines, principal)
-    if found is None:
+def _require(lines: list[str], path: Path, principal: str) -> list[int]:
+    """Where all lines of an account stand, the one that counts first."""
+    wanted = account_key(*split_principal(principal))
+    found = [index for index, account, _ in _accounts(lines) if account_key(account.domain, account.name) == wanted]
+    if not found:
         raise ConfigurationError(f"{path} has no account {principal}")
-    return found[0]
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TextIO
 
 import click
 
@@ -11,7 +10,7 @@ from ..._errors import ConfigurationError
 from ...security.accounts import AccountFile
 from .. import account_editor
 from .common import log_to_stderr
-from .passwords import InputLines, prompt_password, read_password_stdin, require_terminal
+from .passwords import InputLines, prompt_password, read_clear, read_password_stdin, require_terminal
 
 
 @click.group(no_args_is_help=False)
@@ -82,8 +81,8 @@ def accounts_list(file: Path) -> None:
 
 @accounts.command("import")
 @_FILE
-@click.argument("clear", type=click.File(encoding="utf-8"), required=False)
-def accounts_import(file: Path, clear: TextIO | None) -> None:
+@click.argument("clear", type=click.Path(path_type=Path, allow_dash=True), required=False)
+def accounts_import(file: Path, clear: Path | None) -> None:
     """Add to FILE the accounts of CLEAR, which has DOMAIN:USER:PASSWORD lines; '-' is standard input.
 
     Without CLEAR, the passwords that stand in clear in FILE itself are replaced by their hashes.
@@ -91,12 +90,10 @@ def accounts_import(file: Path, clear: TextIO | None) -> None:
     if clear is None:
         click.echo(f"replaced {account_editor.hash_clear(file)} clear passwords", err=True)
         return
-    try:
-        taken, refused = account_editor.import_clear(file, clear)
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"{clear.name} is not UTF-8 text") from None
+    name, source = read_clear(clear)
+    taken, refused = account_editor.import_clear(file, source)
     for text in refused:
-        click.echo(f"{clear.name}: {text}", err=True)
+        click.echo(f"{name}: {text}", err=True)
     click.echo(f"imported {taken} accounts", err=True)
     if refused:
-        raise ConfigurationError(f"{len(refused)} lines of {clear.name} were not imported")
+        raise ConfigurationError(f"{len(refused)} lines of {name} were not imported")

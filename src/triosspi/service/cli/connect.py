@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import trio
 
-from ..._errors import ConfigurationError
 from ..._wire import WireFormat
 from ...security.credentials import Initiator
 from ..client import ConnectOptions, parse_address, run_client
 from ..config.settings import DEFAULT_PORT
 from ..transcript import harmless
 from .common import MECHANISMS, WIRES, message_bytes
-from .passwords import InputLines, decode_password, prompt_password, read_password_stdin, require_terminal
+from .passwords import (
+    InputLines,
+    prompt_password,
+    read_password_file,
+    read_password_stdin,
+    read_password_variable,
+    require_terminal,
+)
 
 
 @click.command()
@@ -95,22 +99,14 @@ def _show(message: bytes) -> None:
         click.echo(message)
 
 
-def _read_password_file(file: Path) -> str:
-    try:
-        data = file.read_bytes()
-    except OSError as exc:
-        raise ConfigurationError(f"cannot read the password file {file}: {exc.strerror}") from None
-    return decode_password(data.split(b"\n", 1)[0].removesuffix(b"\r"), f"the password file {file}")
-
-
-def _find_password(user: str, file: Path | None, from_stdin: bool, read_line: Callable[[], bytes]) -> str:
+def _find_password(user: str, file: Path | None, from_stdin: bool, read_line: InputLines) -> str:
     if file is not None and from_stdin:
         raise click.UsageError("--password-file and --password-stdin exclude each other")
     if file is not None:
-        return _read_password_file(file)
+        return read_password_file(file)
     if from_stdin:
         return read_password_stdin(read_line)
-    if from_environment := os.environ.get("TRIOSSPI_PASSWORD"):
-        return decode_password(os.fsencode(from_environment), "the password in TRIOSSPI_PASSWORD")
+    if (from_environment := read_password_variable("TRIOSSPI_PASSWORD")) is not None:
+        return from_environment
     require_terminal("--password-file, --password-stdin or the environment's TRIOSSPI_PASSWORD")
     return prompt_password(f"Password for {user}")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
+from ... import _texts
 from ..._errors import ConfigurationError
 from ..reasons import only_configuration_errors
 from .options import Option, OptionError
@@ -31,8 +32,6 @@ PREFIX: Final = "TRIOSSPI_"
 CONFIG_VARIABLE: Final = "TRIOSSPI_CONFIG"
 # The file, and what `triosspi connect` reads.
 _OTHER_VARIABLES: Final = {CONFIG_VARIABLE, "TRIOSSPI_PASSWORD"}
-# Bytes of a file. All options with their explanations are 8 KiB; /dev/zero has no end.
-_LONGEST_FILE: Final = 2**20
 # In Kubernetes every container is told of every service: one called "triosspi" makes TRIOSSPI_PORT=tcp://10.0.0.7:2000.
 _SERVICE_LINK: Final = re.compile(r"(tcp|udp|sctp)://.*")
 
@@ -305,20 +304,15 @@ def _did_you_mean(wrong: str, *where: Iterable[str]) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            content = file.read(_LONGEST_FILE + 1)
-        if len(content) > _LONGEST_FILE:
-            raise ConfigurationErrors([f"the configuration {path} is longer than {_LONGEST_FILE >> 20} MiB"])
-        text = content.decode()
-    except OSError as exc:
-        raise ConfigurationErrors([f"cannot read the configuration {path}: {exc.strerror}"]) from None
-    except UnicodeDecodeError:
-        raise ConfigurationErrors([f"the configuration {path} is not UTF-8 text"]) from None
-    if os.name == "posix" and stat.S_ISREG(mode) and mode & stat.S_IWOTH:
+        content = _texts.read(path, "the configuration", _texts.SMALL)
+        text = _texts.decode_lines(content.data, f"the configuration {path}")
+    except ConfigurationError as exc:
+        raise ConfigurationErrors([str(exc)]) from None
+    if os.name == "posix" and content.status.st_mode & stat.S_IWOTH:
         # It says whose code runs here, and who may log in.
         raise ConfigurationErrors([f"everybody may write the configuration {path}: chmod o-w {path}"])
-    return text
+    # A statement of several lines is told by its line feeds.
+    return text.replace("\r\n", "\n")
 
 
 def _syntax_error(path: Path, message: str, text: str) -> str:
