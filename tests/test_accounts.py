@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -9,13 +10,15 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from forge import nt_hash as reference_nt_hash
-from triosspi import Acceptor, Account, AccountFile, ConfigurationError, Initiator, SSPIChannel
+from triosspi import Acceptor, Account, AccountFile, ConfigurationError, Initiator, SSPIChannel, _texts
 from triosspi.security import accounts
 from triosspi.security.accounts import AccountTable, parse_line, simple_upper, split_principal
 from triosspi.security.spnego_compat import nt_hash
@@ -308,6 +311,144 @@ def test_a_file_moved_into_place_is_noticed_even_with_the_same_size_and_date(
     fresh.rename(path)
     account = file.lookup("DOM", "alice")
     assert account is not None and account.nt_hash == nt_hash("secret2")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(accounts, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def edit_unseen(path: Path, old: str, new: str) -> None:
+    """In place, of the same size, and with the date set back."""
+    status = path.stat()
+    assert len(old) == len(new)
+    path.write_text(path.read_text().replace(old, new))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) == (
+        status.st_ino,
+        status.st_size,
+        status.st_mtime_ns,
+    )
+
+
+def enabled(file: AccountFile) -> bool:
+    account = file.lookup("DOM", "alice")
+    return account is not None and account.enabled
+
+
+def test_an_edit_in_place_of_the_same_size_with_the_old_date_takes_effect_at_the_next_login(
+    write: Callable[..., Path], clock: SimpleNamespace
+) -> None:
+    path = write(LINE)
+    file = AccountFile(path)
+    before = path.stat().st_ctime_ns
+    # The kernel's clock for this ticks every few milliseconds.
+    while path.stat().st_ctime_ns == before:
+        edit_unseen(path, "[U ", "[UD")
+    assert file.may_block
+    assert not enabled(file)
+
+
+def test_an_edit_that_nothing_shows_takes_effect_within_a_minute(
+    write: Callable[..., Path],
+    clock: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a filesystem without a time of change, or after the clock was set back."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(AccountFile, "_signature", lambda _self: (1, 2, 3, 4))
+    path = write(LINE)
+    file = AccountFile(path)
+    edit_unseen(path, "[U ", "[UD")
+    clock.now += 59.9
+    assert not file.may_block and enabled(file)
+    clock.now += 0.1
+    assert file.may_block and not enabled(file)
+    assert not file.may_block
+    # And back, with a look that finds nothing in between; nor does that one say anything.
+    clock.now += 60
+    assert file.may_block and not enabled(file) and not file.may_block
+    assert caplog.text.count("1 accounts") == 1
+    edit_unseen(path, "[UD", "[U ")
+    clock.now += 60
+    assert enabled(file)
+
+
+def test_a_look_that_finds_nothing_holds_up_no_other_login(
+    write: Callable[..., Path], clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = AccountFile(write(LINE))
+    clock.now += 60
+    real, looked = _texts.read, []
+
+    def read(*args: Any) -> _texts.Content:
+        # Another one comes during the look; were it to wait for it, this would never end.
+        looked.append(file.may_block)
+        assert enabled(file)
+        return real(*args)
+
+    monkeypatch.setattr(_texts, "read", read)
+    assert enabled(file)
+    assert looked == [False]
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["the date shows it", "nothing shows it"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOENT, errno.EACCES])
+def test_an_error_that_passes_is_not_taken_for_a_reading(
+    write: Callable[..., Path],
+    clock: SimpleNamespace,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    seen: bool,
+) -> None:
+    if not seen:
+        monkeypatch.setattr(AccountFile, "_signature", lambda _self: (1, 2, 3, 4))
+    file = AccountFile(write(LINE))
+    write(LINE.replace("[U ", "[UD"))
+    clock.now += 60
+    tried = 0
+    real = os.open
+
+    def broken(*_args: object) -> int:
+        nonlocal tried
+        tried += 1
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", broken)
+    for _ in range(30):
+        # Many logins within a second are one attempt; and what goes wrong is told once.
+        assert enabled(file)
+        clock.now += 0.1
+    assert tried in (3, 4)
+    assert caplog.text.count("still serve") == 1 and os.strerror(number) in caplog.text
+    monkeypatch.setattr(os, "open", real)
+    clock.now += 1
+    assert file.may_block and not enabled(file)
+    # What goes wrong later is told again.
+    monkeypatch.setattr(os, "open", broken)
+    clock.now += 60
+    assert not enabled(file)
+    assert caplog.text.count("still serve") == 2
+
+
+def test_a_refused_file_is_told_once_until_it_changes_and_counts_when_it_is_mended(
+    write: Callable[..., Path], clock: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = AccountFile(write(LINE))
+    for times in (1, 2):
+        write(LINE, "nonsense")
+        for _ in range(3):
+            assert enabled(file) and not file.may_block
+            clock.now += 60
+        # Whoever has saved it again hears of it again.
+        assert caplog.text.count("still serve") == times
+    write(LINE.replace("[U ", "[UD"), "# mended")
+    assert not enabled(file)
 
 
 async def test_a_changed_file_is_read_in_a_worker_thread_and_an_unchanged_one_is_not(

@@ -14,14 +14,16 @@ passwords: 0600, and nothing here ever shows one.
 from __future__ import annotations
 
 import binascii
+import hashlib
 import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from .. import _texts
 from .._errors import ConfigurationError, handles_secrets, printable
@@ -33,6 +35,10 @@ log = logging.getLogger("triosspi.accounts")
 _NT_HASH_SIZE: Final = 16
 _CLEAR_FIELDS: Final = 3
 _SMBPASSWD_FIELDS: Final = 6
+# Seconds after which the file is read whatever its date says.
+_LOOK_INTERVAL: Final = 60.0
+# Seconds between two attempts while the system will not give it: too many open files, a disk's error, no such file.
+_RETRY_INTERVAL: Final = 1.0
 # Bad lines that one error tells of.
 _MOST_TOLD: Final = 20
 
@@ -234,10 +240,14 @@ def parse(text: str, source: str) -> AccountTable:
     return table
 
 
+_Signature: TypeAlias = tuple[int, int, int, int]
+
+
 class AccountFile:
     """An account file on disk, read again whenever it has changed.
 
-    An edit takes effect at the next login. One that cannot be read, or of which a line cannot be, is
+    An edit takes effect at the next login; one that neither size, date nor inode shows, as on a filesystem
+    that keeps no time of change, within a minute. One that cannot be read, or of which a line cannot be, is
     reported with the numbers of the lines, and the accounts that were there before still serve.
 
     May be used by several threads at once.
@@ -252,8 +262,14 @@ class AccountFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
+        self._table = AccountTable()
+        # Of the content that was read last, and why that was refused, if it was.
+        self._digest = b""
+        self._refused = ""
+        self._told: tuple[_Signature | None, str] | None = None
+        self._retry_at = self._look_at = 0.0
         self._seen = self._signature()
-        self._table = self._load()
+        self._load()
 
     def __repr__(self) -> str:
         return f"AccountFile({str(self.path)!r})"
@@ -267,39 +283,70 @@ class AccountFile:
     @property
     def may_block(self) -> bool:
         """Whether the next `lookup` will read the file; this looks only at its date (2 microseconds)."""
-        return self._signature() != self._seen
+        now = time.monotonic()
+        return now >= self._look_at or (now >= self._retry_at and self._signature() != self._seen)
 
     def lookup(self, domain: str, user: str) -> Account | None:
         """See `AccountSource.lookup`."""
-        signature = self._signature()
-        if signature != self._seen:
+        if self.may_block:
             with self._lock:
-                if signature != self._seen:
-                    self._reload(signature)
+                # Others have waited while one was reading.
+                if self.may_block:
+                    self._reload()
         return self._table.lookup(domain, user)
 
-    def _signature(self) -> tuple[int, int, int] | None:
+    def _signature(self) -> _Signature | None:
         try:
             status = self.path.stat()
         except (OSError, ValueError):
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        # The last one nobody can set back, where the filesystem has it; `_LOOK_INTERVAL` is for the others.
+        return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
-    def _reload(self, signature: tuple[int, int, int] | None) -> None:
+    def _reload(self) -> None:
+        # Before the reading: what changes during it is seen at the next login.
+        signature = self._signature()
         try:
-            self._table = self._load()
+            changed = self._load()
+        except _texts.CannotReadError as exc:
+            # What was not read was not seen, or whoever has been removed could log in until the next change.
+            self._retry_at = self._look_at = time.monotonic() + _RETRY_INTERVAL
+            self._tell(signature, exc)
         except ConfigurationError as exc:
-            log.error("%s; the %d accounts read before still serve", exc, len(self._table))  # noqa: TRY400 - it says all
+            self._seen = signature
+            self._tell(signature, exc)
         else:
-            log.info("%s: %d accounts", self.path, len(self._table))
-        # Also after a failure, or every login would read the broken file and report it again.
-        self._seen = signature
+            self._seen = signature
+            self._told = None
+            if changed:
+                log.info("%s: %d accounts", self.path, len(self._table))
+
+    def _tell(self, signature: _Signature | None, exc: ConfigurationError) -> None:
+        """Log what is wrong; once, as long as neither that nor the file changes."""
+        if self._told != (signature, str(exc)):
+            self._told = signature, str(exc)
+            log.error("%s; the %d accounts read before still serve", exc, len(self._table))
 
     @handles_secrets
-    def _load(self) -> AccountTable:
+    def _load(self) -> bool:
+        """Read the file; returns whether there was anything new in it."""
+        # Before the reading, so that no other login waits for a look that only finds what was there before.
+        self._look_at = time.monotonic() + _LOOK_INTERVAL
         content = _texts.read(self.path, "the account file", _texts.LARGE)
+        # Other threads run during this, and not while a text is decoded.
+        digest = hashlib.sha256(content.data).digest()
+        if digest == self._digest:
+            if self._refused:
+                raise ConfigurationError(self._refused)
+            return False
+        self._digest, self._refused = digest, ""
         self._warn_if_readable(content.status)
-        return parse(_texts.decode_lines(content.data, f"the account file {self.path}"), str(self.path))
+        try:
+            self._table = parse(_texts.decode_lines(content.data, f"the account file {self.path}"), str(self.path))
+        except ConfigurationError as exc:
+            self._refused = str(exc)
+            raise
+        return True
 
     def _warn_if_readable(self, status: os.stat_result) -> None:
         # Windows has no such bits; there the file is not used either.
