@@ -318,8 +318,7 @@ FOREIGN = """
 from functools import partial
 import triosspi
 from triosspi._channel import run_in_thread
-from triosspi.service.observe.notify import Notifier
-from triosspi.service.server import Loaded, Server
+from triosspi.service.reloading import Reading, watch_files
 
 def be(uid, gid):
     _thread_ids.set_groups((gid,))
@@ -336,15 +335,6 @@ impersonation = Impersonation(AccountMap(path))
 identity = dict(principal="DOM\\\\alice", domain="DOM", name="alice", mechanism="ntlm", flags=0)
 peer = triosspi.PeerIdentity(**identity, mutual=False, authenticated_at=None)
 
-class Reloading(Server):
-    def __init__(self):
-        self._load = partial(print, "reloaded", flush=True)
-        self._notifier = Notifier.from_environment()
-
-class Watching(Server):
-    def __init__(self):
-        self._loaded = Loaded(settings=None, acceptor=None, files=())
-
 async def run(uid, gid):
     leak(uid, gid)
     await {door}
@@ -356,8 +346,8 @@ DOORS = {
     "a handshake's step": "run_in_thread(lambda token: print('stepped', flush=True), None)",
     "the look-up of an account": "impersonation._account(peer)",
     "a function as the peer": "impersonation.run_as(alice, print, 'called')",
-    "a reload": "Reloading().reload()",
-    "the watch of the files": "Watching()._watch_files()",
+    "a reload": "Reading(partial(print, 'reloaded', flush=True)).read()",
+    "the watch of the files": "watch_files(lambda: (Path('/'),), print)",
 }
 
 

@@ -774,6 +774,7 @@ async def test_a_reload_that_hangs_holds_up_nobody_is_given_up_and_does_not_stan
                 client = await running.client()
                 await client.aclose()
             caplog.clear()
+        monkeypatch.undo()
         running.server.ask_to_reload("SIGHUP")
         while "the configuration was read again" not in caplog.text:
             await trio.lowlevel.checkpoint()
@@ -797,10 +798,11 @@ async def test_readings_that_hang_are_bounded_and_many_requests_are_one(
         reading.ask("SIGHUP")
     await reading.asked()
     for _ in range(MOST_HANGING + 2):
-        with pytest.raises(ConfigurationError, match=r"could not be read within 0.02 s, and \d such readings hang"):
+        with pytest.raises(ConfigurationError, match=r"could not be read within 0.02 s") as caught:
             await reading.read()
-    assert len(loads) == MOST_HANGING
+    assert f"and {MOST_HANGING} such readings hang" in str(caught.value)
     answers.set()
+    assert len(loads) <= MOST_HANGING
 
 
 async def test_a_signal_to_stop_is_obeyed_while_a_reload_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
