@@ -21,6 +21,7 @@ from .context import SecurityContext, first_token_kind
 from .identity import ContextFlag
 from .names import simple_upper
 from .policy import AcceptorPolicy, check_initiator
+from .rules import Rule
 from .spnego import SPNEGOAcceptor
 from .spnego_compat import (
     MECHANISMS,
@@ -71,6 +72,28 @@ def _keep_bindings(credential: Acceptor | Initiator) -> None:
         _keep(credential, "channel_bindings", bytes(given))
 
 
+# What the system's own SSPI cannot be told, and what each of these is where nothing was asked for. An option that is taken and
+# not kept is worse than none: somebody relies on it.
+_ACCEPTOR_OFF_WINDOWS: Final[dict[str, object]] = {
+    "accounts": None,
+    "keytab": None,
+    "spns": (),
+    "allow_rc4": False,
+    "require_groups": (),
+    "require_mic": True,
+    "target_names": (),
+    "require_target": "off",
+}
+_INITIATOR_OFF_WINDOWS: Final[dict[str, object]] = {"ccache": None, "keytab": None, "allow_rc4": False}
+
+
+def _refuse_unenforced(credential: object, defaults: dict[str, object]) -> None:
+    if names := [name for name, default in defaults.items() if getattr(credential, name) != default]:
+        raise ConfigurationError(
+            f"on Windows the system's own SSPI decides, by its accounts and policies: leave out {', '.join(names)}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Acceptor:
     r"""What a server authenticates its clients with. One serves any number of connections.
@@ -79,7 +102,9 @@ class Acceptor:
     which look for themselves), and two with the same arguments are equal.
 
     On Linux at least one of ``accounts`` and ``keytab`` is needed; each enables its mechanism. On
-    Windows the system does all of it (SSPI, as the service's own account) and neither may be given.
+    Windows the system does all of it (SSPI, as the service's own account): what it cannot be told is an error there, which
+    is accounts, keytab, spns, allow_rc4, require_groups, SIDs, target_names, and require_mic other than True (whether a MIC is
+    demanded is the system's policy).
 
     Args:
       accounts: who may log in by NTLM, usually an `AccountFile`.
@@ -135,8 +160,11 @@ class Acceptor:
                 _keep(self, name, _names(self, name))
         _keep_bindings(self)
         if _WINDOWS:
-            if self.accounts is not None or self.keytab is not None:
-                raise ConfigurationError("on Windows the system's own accounts are used: leave out accounts and keytab")
+            _refuse_unenforced(self, _ACCEPTOR_OFF_WINDOWS)
+            if any(Rule.parse(rule).is_sid for rule in (*(self.allow or ()), *self.deny)):
+                raise ConfigurationError(
+                    "on Windows no SID of a client is known here: leave SIDs out of allow and deny"
+                )
         elif self.accounts is None and self.keytab is None and self.mechanisms is None:
             raise ConfigurationError("nobody could log in: give accounts (for NTLM), keytab (for Kerberos) or both")
         for mechanism in self.mechanisms or ():
@@ -295,7 +323,9 @@ class Initiator:
             service, _, host = self.target.partition("/")
             if not service or not host:
                 raise ConfigurationError(f"{self.target!r} is no SPN: write it as 'host/server.example'")
-        if not _WINDOWS:
+        if _WINDOWS:
+            _refuse_unenforced(self, _INITIATOR_OFF_WINDOWS)
+        else:
             if self.password is None and self.mechanism != "ntlm":
                 # What then logs in is a Kerberos ticket.
                 kerberos.require_gssapi()
