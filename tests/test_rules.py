@@ -131,7 +131,15 @@ def has_account(accounts: AccountMap, who: PeerIdentity) -> bool:
     "text",
     [
         *("", "*", "*@", "\\*", "a*@EX.TEST", "@EX.TEST", "alice@", "DOM\\"),
-        *("kerberos:", "ntlm:*", "spnego:alice@EX.TEST", "ntlm:S-1-5-21-1-2-3-500"),
+        *(
+            " alice@EX.TEST",
+            "DOM\\alice ",
+            "kerberos: alice@EX.TEST",
+            "kerberos:",
+            "ntlm:*",
+            "spnego:alice@EX.TEST",
+            "ntlm:S-1-5-21-1-2-3-500",
+        ),
     ],
 )
 def test_what_means_nothing_is_an_error_and_not_a_rule_that_matches_nobody(text: str) -> None:

@@ -57,7 +57,14 @@ class Rule:
             if mechanism not in _MECHANISMS:
                 raise ConfigurationError(f"{text!r} is no rule: before the colon stands 'kerberos' or 'ntlm'")
         name = who.removeprefix("*@") if who.startswith("*@") else who.removesuffix("\\*")
-        if not name or "*" in name or name.startswith(("@", "\\")) or name.endswith(("@", "\\")):
+        # White space around it is a name's that nobody has: a denial of nobody.
+        if (
+            not name
+            or "*" in name
+            or name != name.strip()
+            or name.startswith(("@", "\\"))
+            or name.endswith(("@", "\\"))
+        ):
             raise ConfigurationError(
                 f"{text!r} is no rule: write a principal, '*@REALM', 'DOM\\*' or a SID; '*' stands for a whole name"
             )
