@@ -25,9 +25,9 @@ import trio
 from measure import machine, versions
 from realm import kerberos
 from triosspi import Acceptor, AccountFile, Initiator, SSPIChannel, open_sspi_over_tcp_channel, serve_sspi_over_tcp
-from triosspi._session import Session
 from triosspi.service import account_editor
 from triosspi.service.apps import echo
+from triosspi.session.session import Session
 
 PASSWORD = "correct horse battery staple"
 ESTABLISHED = 100

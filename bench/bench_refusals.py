@@ -20,7 +20,7 @@ from measure import machine, versions
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from forge import Client, nt_hash
 from triosspi import Acceptor, Account, AuthenticationError
-from triosspi.security.accounts import AccountTable
+from triosspi.security.ntlm.accounts import AccountTable
 
 BASELINE = "wrong password"
 # The names are equally long: what a client chooses it knows anyway.

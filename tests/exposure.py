@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from triosspi import Acceptor, AccountFile, Initiator
-from triosspi.security import ntlm, spnego_compat
-from triosspi.security.accounts import AccountTable
+from triosspi.security import pyspnego_compat
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm.accounts import AccountTable
 
 # What a program holds itself: of these, reporters show the repr.
 _OWN = (Acceptor, Initiator, AccountFile, AccountTable)
@@ -86,12 +87,12 @@ class Secrets:
         self.raw: set[bytes] = set()
         self.texts = set(passwords)
         for password in passwords:
-            self.raw |= {password.encode("utf-16-le"), spnego_compat.nt_hash(password)}
+            self.raw |= {password.encode("utf-16-le"), pyspnego_compat.nt_hash(password)}
         for module, name in (
             (ntlm, "ntowf_v2"),
             (ntlm, "hmac_md5"),
-            (spnego_compat, "rc4k"),
-            (spnego_compat, "nt_hash"),
+            (pyspnego_compat, "rc4k"),
+            (pyspnego_compat, "nt_hash"),
         ):
             monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
         from triosspi.security import credentials

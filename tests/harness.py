@@ -14,9 +14,9 @@ import trio.testing
 
 import triosspi
 from triosspi import Acceptor, Account, Initiator, WireFormat
-from triosspi._session import Session
-from triosspi.security.accounts import AccountTable
-from triosspi.security.spnego_compat import nt_hash
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.session.session import Session
 
 PASSWORD = "correct horse"
 SERVER_MESSAGE = b"This is your server speaking"

@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from triosspi.service.program import Program, Started
-from triosspi.service.server import Loaded
+from triosspi.service.serving.server import Loaded
 
 MODULE = (sys.executable, "-m", "triosspi")
 SCRIPT = (str(Path(sys.executable).with_name("triosspi")),)

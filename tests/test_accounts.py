@@ -19,9 +19,9 @@ import trio.testing
 
 from forge import nt_hash as reference_nt_hash
 from triosspi import Acceptor, Account, AccountFile, ConfigurationError, Initiator, SSPIChannel, _texts
-from triosspi.security import accounts
-from triosspi.security.accounts import AccountTable, parse_line, simple_upper, split_principal
-from triosspi.security.spnego_compat import nt_hash
+from triosspi.security.ntlm import accounts
+from triosspi.security.ntlm.accounts import AccountTable, parse_line, simple_upper, split_principal
+from triosspi.security.pyspnego_compat import nt_hash
 
 HASH = "8846F7EAEE8FB117AD06BDD830B7586C"  # of "password"
 LINE = f"DOM\\alice:65534:{'0' * 32}:{HASH}:[U          ]:LCT-65000000"

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 import pytest
 
 from triosspi import Acceptor, AuthenticationError, ConfigurationError, PeerIdentity
-from triosspi.security.accounts import AccountTable
 from triosspi.security.authorization import Authorization
 from triosspi.security.identity import PAC, ContextFlag
+from triosspi.security.ntlm.accounts import AccountTable
 
 DOMAIN = "S-1-5-21-1-2-3"
 USERS, ADMINS = f"{DOMAIN}-513", f"{DOMAIN}-512"

@@ -29,8 +29,8 @@ from triosspi import (
     WireFormat,
     serve_sspi_over_tcp,
 )
-from triosspi._beginnings import BEGINNING_SIZE
-from triosspi._session import Session
+from triosspi.session.session import Session
+from triosspi.wire.beginnings import BEGINNING_SIZE
 
 NEGOTIATE = negotiate()
 

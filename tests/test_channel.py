@@ -43,7 +43,7 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
-from triosspi._tcp import is_ordinary_end, said_nothing
+from triosspi.tcp.server import is_ordinary_end, said_nothing
 
 both_formats = pytest.mark.parametrize("wire", WireFormat)
 both_packagings = pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])

@@ -18,7 +18,7 @@ from triosspi.service import account_editor, cli
 from triosspi.service.cli.config import example
 from triosspi.service.config.configuration import Sources
 from triosspi.service.config.settings import SECTIONS, Settings, StartSettings, all_options
-from triosspi.service.server import Loaded
+from triosspi.service.serving.server import Loaded
 
 OPTIONS = all_options()
 COMMANDS: dict[str, Any] = {name: cli.cli.commands[name] for name in ("serve", "check-config")}

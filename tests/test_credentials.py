@@ -8,7 +8,7 @@ import pytest
 
 from harness import make_acceptor, make_initiator
 from triosspi import Acceptor, ConfigurationError
-from triosspi.security.accounts import AccountTable
+from triosspi.security.ntlm.accounts import AccountTable
 
 SID = "S-1-5-21-1-2-3-513"
 COLLECTIONS = {

@@ -14,8 +14,9 @@ from exposure import Secrets
 from harness import PASSWORD, make_acceptor, make_initiator
 from peers.kerberos import Kdc
 from triosspi import Acceptor, AuthenticationError, Initiator
-from triosspi.security import kerberos, ntlm
-from triosspi.security.spnego_compat import nt_hash
+from triosspi.security.kerberos import tickets as kerberos
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.pyspnego_compat import nt_hash
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "environment.md"
 _WEAK = 0x00000080  # NTLMSSP_NEGOTIATE_LM_KEY

@@ -40,13 +40,13 @@ from triosspi import (
     SSPIChannel,
     UnsealError,
 )
-from triosspi._tcp import ServerStatistics, Tickets, serve_connection
-from triosspi.security.accounts import AccountTable, parse, parse_line
 from triosspi.security.context import SecurityContext
+from triosspi.security.ntlm.accounts import AccountTable, parse, parse_line
+from triosspi.security.pyspnego_compat import nt_hash
 from triosspi.security.sealers import ProxySealer
-from triosspi.security.spnego_compat import nt_hash
 from triosspi.service import account_editor
 from triosspi.service.cli.passwords import read_clear, read_password_file
+from triosspi.tcp.server import ServerStatistics, Tickets, serve_connection
 
 PASSWORD = "Tr0ub4dor&3-and-more"
 

@@ -17,10 +17,10 @@ from forge import OID_NTLM, SIGNATURE, Client, hmac_md5, mech_list, neg_token_in
 from framing_oracle import FrameScanner as OracleScanner
 from triosspi import Acceptor, Account, AuthenticationError, RemoteProtocolError, WireFormat
 from triosspi._framing import FrameScanner, LengthError
-from triosspi._session import Session
-from triosspi.security import ntlm
-from triosspi.security.accounts import AccountTable
-from triosspi.security.spnego_compat import nt_hash, rc4k
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.pyspnego_compat import nt_hash, rc4k
+from triosspi.session.session import Session
 
 MUTANTS = 20_000
 CHALLENGE = bytes(range(8))

@@ -317,8 +317,8 @@ async def test_without_a_thread_to_be_had_the_function_is_not_called(
 FOREIGN = """
 from functools import partial
 import triosspi
-from triosspi._channel import run_in_thread
-from triosspi.service.reloading import Reading, watch_files
+from triosspi.channel import run_in_thread
+from triosspi.service.serving.reloading import Reading, watch_files
 
 def be(uid, gid):
     _thread_ids.set_groups((gid,))
@@ -375,7 +375,7 @@ def test_a_worker_thread_that_is_the_server_does_what_it_should(users: Users, tm
 def test_a_process_that_changes_as_a_whole_is_the_server_still(users: Users, tmp_path: Path) -> None:
     """A child that gives up its parent's power, or who drops it late, has nobody else among its threads."""
     program = """
-from triosspi._channel import run_in_thread
+from triosspi.channel import run_in_thread
 Impersonation(AccountMap(path))
 async def step():
     await run_in_thread(lambda token: print(os.getresuid(), os.getgroups(), flush=True), None)

@@ -37,14 +37,15 @@ from triosspi import (
     SSPIChannel,
     UnsealError,
     WireFormat,
-    _tcp,
     serve_sspi_over_tcp,
 )
-from triosspi._session import Session
-from triosspi.security import context, kerberos, native, policy
-from triosspi.security.accounts import AccountTable
+from triosspi.security import context, native, policy
 from triosspi.security.identity import ContextFlag
+from triosspi.security.kerberos import tickets as kerberos
+from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.security.sealers import GSSWrapSealer
+from triosspi.session.session import Session
+from triosspi.tcp import server as _tcp
 
 Connect = Callable[..., LineContext]
 

@@ -24,7 +24,6 @@ import trio.testing
 
 from harness import make_acceptor, reset_connection
 from triosspi import ConfigurationError, SSPIListener
-from triosspi._accepting import accept, remember
 from triosspi.service.config.settings import Listen
 from triosspi.service.network import listening
 from triosspi.service.network.descriptors import descriptors_of, inherited_listeners, listeners_from_descriptors
@@ -40,6 +39,7 @@ from triosspi.service.network.listening import (
     where,
 )
 from triosspi.service.workers.balance import BalancedListener, Board, Share
+from triosspi.tcp.accepting import accept, remember
 
 LOCAL = "127.0.0.1"
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from triosspi import ConfigurationError
-from triosspi.security import spnego_compat
+from triosspi.security import pyspnego_compat
 from triosspi.service.observe import logs
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}Z"
@@ -368,11 +368,11 @@ def test_tokens_are_not_logged_even_at_debug(form: str, stderr: Stderr) -> None:
     pyspnego.debug("NTLM step input: %s", "TlRMTVNTUAAD")
     pyspnego.debug("something harmless")
     assert len(stderr.lines()) == 1
-    spnego_compat.allow_token_logging()
+    pyspnego_compat.allow_token_logging()
     try:
         pyspnego.debug("NTLM step input: %s", "TlRMTVNTUAAD")
     finally:
-        spnego_compat.allow_token_logging(False)
+        pyspnego_compat.allow_token_logging(False)
     assert "TlRMTVNTUAAD" in stderr.lines()[1]
 
 

@@ -18,7 +18,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from programs import environment
 from triosspi import ConfigurationError
 from triosspi.security.identity import Traffic
-from triosspi.service import sessions
 from triosspi.service.observe import metrics as module
 from triosspi.service.observe.metrics import (
     DROP_CAUSES,
@@ -28,6 +27,7 @@ from triosspi.service.observe.metrics import (
     Metrics,
     WorkerMetrics,
 )
+from triosspi.service.serving import sessions
 
 PROMTOOL = shutil.which("promtool")
 

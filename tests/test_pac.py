@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from triosspi import AuthenticationError
-from triosspi.security.pac import read_logon_info
+from triosspi.security.kerberos.pac import read_logon_info
 
 ENABLED = 7
 DISABLED = 3

@@ -31,9 +31,9 @@ from triosspi import (
     WireFormat,
     serve_sspi_over_tcp,
 )
-from triosspi.security import ntlm
-from triosspi.security.accounts import AccountTable
-from triosspi.security.spnego_compat import nt_hash
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.pyspnego_compat import nt_hash
 
 MESSAGE = b"This is your server speaking"
 KERBEROS_FIRST = "mit-spnego-kerberos-first"

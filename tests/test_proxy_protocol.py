@@ -25,7 +25,6 @@ from harness import PASSWORD, ScriptedStream, make_acceptor, make_initiator, ran
 from peers.requirements import require
 from programs import running
 from triosspi import RemoteProtocolError, SSPIChannel, open_sspi_over_tcp_channel
-from triosspi._tcp import format_address
 from triosspi.service import account_editor
 from triosspi.service.network.proxy_protocol import (
     HeaderReader,
@@ -35,6 +34,7 @@ from triosspi.service.network.proxy_protocol import (
     crc32c,
     read_proxy_header,
 )
+from triosspi.tcp.server import format_address
 
 BEHIND = b"\x28\x00\x00\x00NTLMSSP\x00 and so on"
 

@@ -20,9 +20,9 @@ from peers.kerberos.kinds import HEIMDAL_RAW, MIT_RAW, PYTHON_GSSAPI_RAW, SSPI_R
 from peers.kerberos.process import LineContext
 from peers.requirements import require
 from triosspi import Acceptor, AccountFile, WireFormat
-from triosspi._session import Session
 from triosspi.security import native
 from triosspi.service import account_editor
+from triosspi.session.session import Session
 
 MESSAGES = 100_000
 BATCH = 100

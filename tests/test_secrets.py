@@ -15,11 +15,11 @@ import trio.testing
 
 from forge import Client, nt_hash, response_token
 from triosspi import Acceptor, AccountFile, AuthenticationError, Initiator, SSPIChannel, WireFormat
-from triosspi._session import Session
-from triosspi.security import ntlm
-from triosspi.security.ntlm import NTLMPolicy
-from triosspi.security.spnego_compat import rc4k
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm.verification import NTLMPolicy
+from triosspi.security.pyspnego_compat import rc4k
 from triosspi.service.demo import DemoAccount
+from triosspi.session.session import Session
 
 PASSWORD = "Tr0ub4dor&3"
 SESSION_KEY = bytes(range(0x61, 0x71))

@@ -51,10 +51,10 @@ from triosspi import (
     WireFormat,
     serve_sspi_over_tcp,
 )
-from triosspi._session import Session
-from triosspi.security.accounts import AccountTable
-from triosspi.security.ntlm import channel_bindings_hash
-from triosspi.security.spnego_compat import nt_hash
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.ntlm.verification import channel_bindings_hash
+from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.session.session import Session
 
 BINDINGS = b"tls-server-end-point:" + bytes(32)
 
@@ -554,7 +554,7 @@ def test_row_u_a_login_meant_for_another_service_is_refused(
 
 
 def test_row_o_no_token_is_logged_at_debug_unless_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    from triosspi.security.spnego_compat import allow_token_logging
+    from triosspi.security.pyspnego_compat import allow_token_logging
 
     caplog.set_level(logging.DEBUG)
 

@@ -20,25 +20,19 @@ import trio
 import trio.testing
 
 from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator, reset_at_close, reset_connection
-from triosspi import (
-    Acceptor,
-    Account,
-    ConfigurationError,
-    SSPIChannel,
-    WireFormat,
-    _accepting,
-    open_sspi_over_tcp_channel,
-)
-from triosspi.security.accounts import AccountTable
-from triosspi.security.spnego_compat import nt_hash
-from triosspi.service import connection, sessions, shutting_down
+from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.service import shutting_down
 from triosspi.service.apps import Greet, echo
 from triosspi.service.config.settings import Connections, Limits, Listen, Serve, Settings, Stopping
 from triosspi.service.network.listening import close_listeners, open_listeners
 from triosspi.service.observe.notify import Notifier
 from triosspi.service.observe.telemetry import SessionEnd
-from triosspi.service.reloading import FILES_INTERVAL, MOST_HANGING, Reading
-from triosspi.service.server import Loaded, Server
+from triosspi.service.serving import connection, sessions
+from triosspi.service.serving.reloading import FILES_INTERVAL, MOST_HANGING, Reading
+from triosspi.service.serving.server import Loaded, Server
+from triosspi.tcp import accepting as _accepting
 
 LOCAL = "127.0.0.1"
 
@@ -739,7 +733,7 @@ async def test_nothing_that_a_reload_meets_ends_the_server(
         raise error
 
     if where == "applying":
-        monkeypatch.setattr("triosspi.service.server.configure_logs", apply)
+        monkeypatch.setattr("triosspi.service.serving.server.configure_logs", apply)
     good = Loaded(live=settings(limits=Limits(max_connections=1)).live, acceptor=make_acceptor())
     async with serving(reload=load if where == "reading" else lambda: good) as running:
         await running.server.reload()
@@ -757,7 +751,7 @@ async def test_a_reload_that_hangs_holds_up_nobody_is_given_up_and_does_not_stan
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "triosspi.server")
-    monkeypatch.setattr("triosspi.service.reloading.PATIENCE", 0.05)
+    monkeypatch.setattr("triosspi.service.serving.reloading.PATIENCE", 0.05)
     answers = threading.Event()
     loads: list[int] = []
 
@@ -785,7 +779,7 @@ async def test_a_reload_that_hangs_holds_up_nobody_is_given_up_and_does_not_stan
 async def test_readings_that_hang_are_bounded_and_many_requests_are_one(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("triosspi.service.reloading.PATIENCE", 0.02)
+    monkeypatch.setattr("triosspi.service.serving.reloading.PATIENCE", 0.02)
     answers = threading.Event()
     loads: list[None] = []
 

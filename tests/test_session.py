@@ -34,16 +34,16 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
-from triosspi._session import MAX_ROUNDS, Session
 from triosspi.security import context
-from triosspi.security.accounts import AccountTable
 from triosspi.security.authorization import Authorization
 from triosspi.security.context import SecurityContext
 from triosspi.security.identity import ContextFlag
-from triosspi.security.kerberos import KerberosPolicy
+from triosspi.security.kerberos.tickets import KerberosPolicy
+from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.security.policy import AcceptorPolicy, check_initiator
+from triosspi.security.pyspnego_compat import AcceptorNTLM
 from triosspi.security.sealers import GSSWrapSealer
-from triosspi.security.spnego_compat import AcceptorNTLM
+from triosspi.session.session import MAX_ROUNDS, Session
 
 check_acceptor = AcceptorPolicy(kerberos=KerberosPolicy(), authorization=Authorization()).check
 

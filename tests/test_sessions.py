@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from triosspi import Traffic
-from triosspi.service.sessions import NOTICE, STUBBORN, WATCH_INTERVAL, LiveSession, Sessions
+from triosspi.service.serving.sessions import NOTICE, STUBBORN, WATCH_INTERVAL, LiveSession, Sessions
 
 NOTHING = Traffic(0, 0, 0, 0)
 

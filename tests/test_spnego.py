@@ -19,7 +19,7 @@ from forge import (
     neg_token_resp,
 )
 from triosspi import AuthenticationError
-from triosspi.security.spnego import SPNEGOAcceptor
+from triosspi.security.spnego.acceptor import SPNEGOAcceptor
 
 OID_MS_KERBEROS = bytes.fromhex("06092a864882f712010202")
 OID_NEGOEX = bytes.fromhex("060a2b06010401823702021e")

@@ -52,8 +52,8 @@ from triosspi import (
     serve_sspi_listeners,
     serve_sspi_over_tcp,
 )
-from triosspi._accepting import SHORTAGE_INTERVAL
-from triosspi._tcp import format_address, peer_address
+from triosspi.tcp.accepting import SHORTAGE_INTERVAL
+from triosspi.tcp.server import format_address, peer_address
 
 LOCALHOST = "127.0.0.1"
 

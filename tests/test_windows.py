@@ -9,7 +9,7 @@ import pytest
 
 from triosspi import Acceptor, ConfigurationError, Initiator
 from triosspi.security import credentials
-from triosspi.security.accounts import AccountTable
+from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.service.config import assembly
 from triosspi.service.config.settings import Accept
 

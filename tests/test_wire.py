@@ -30,8 +30,8 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
-from triosspi._session import Session
-from triosspi._wire import (
+from triosspi.session.session import Session
+from triosspi.wire.codecs import (
     LARGEST_MAX_MESSAGE_SIZE,
     MAX_TOKEN_SIZE,
     SAMPLE_RECORD_SIZE,

@@ -3,9 +3,6 @@
 See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`.
 """
 
-from ._channel import Impersonator as Impersonator
-from ._channel import RunBlocking as RunBlocking
-from ._channel import SSPIChannel as SSPIChannel
 from ._errors import AuthenticationError as AuthenticationError
 from ._errors import ConfigurationError as ConfigurationError
 from ._errors import ForeignProtocolError as ForeignProtocolError
@@ -18,25 +15,28 @@ from ._errors import SSPIError as SSPIError
 from ._errors import TicketExpiredError as TicketExpiredError
 from ._errors import TruncatedError as TruncatedError
 from ._errors import UnsealError as UnsealError
-from ._listener import SSPIListener as SSPIListener
-from ._session import Tracer as Tracer
-from ._tcp import ServerStatistics as ServerStatistics
-from ._tcp import open_sspi_over_tcp_channel as open_sspi_over_tcp_channel
-from ._tcp import open_sspi_over_tcp_listeners as open_sspi_over_tcp_listeners
-from ._tcp import serve_sspi_listeners as serve_sspi_listeners
-from ._tcp import serve_sspi_over_tcp as serve_sspi_over_tcp
-from ._wire import WireFormat as WireFormat
+from .channel import Impersonator as Impersonator
+from .channel import RunBlocking as RunBlocking
+from .channel import SSPIChannel as SSPIChannel
 from .impersonation import AccountMap as AccountMap
 from .impersonation import Impersonation as Impersonation
 from .impersonation import LocalAccount as LocalAccount
-from .security.accounts import Account as Account
-from .security.accounts import AccountFile as AccountFile
-from .security.accounts import AccountSource as AccountSource
 from .security.credentials import Acceptor as Acceptor
 from .security.credentials import Initiator as Initiator
 from .security.identity import ContextFlag as ContextFlag
 from .security.identity import ContextSizes as ContextSizes
 from .security.identity import PeerIdentity as PeerIdentity
 from .security.identity import Traffic as Traffic
+from .security.ntlm.accounts import Account as Account
+from .security.ntlm.accounts import AccountFile as AccountFile
+from .security.ntlm.accounts import AccountSource as AccountSource
+from .session import Tracer as Tracer
+from .tcp import ServerStatistics as ServerStatistics
+from .tcp import SSPIListener as SSPIListener
+from .tcp import open_sspi_over_tcp_channel as open_sspi_over_tcp_channel
+from .tcp import open_sspi_over_tcp_listeners as open_sspi_over_tcp_listeners
+from .tcp import serve_sspi_listeners as serve_sspi_listeners
+from .tcp import serve_sspi_over_tcp as serve_sspi_over_tcp
+from .wire import WireFormat as WireFormat
 
 __version__ = "0.1.0"

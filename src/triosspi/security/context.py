@@ -14,10 +14,10 @@ from typing import Final, Literal, NoReturn
 
 from .._errors import AuthenticationError, TicketExpiredError, UnsealError, printable
 from .identity import PeerIdentity, Traffic
-from .kerberos import root_reason
+from .kerberos.tickets import root_reason
 from .native import take_over
+from .pyspnego_compat import Proxy, inner_context, kerberos_enctype, mechanism_of, sspi_context
 from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, FrameSealer, GSSWrapSealer, ProxySealer, Sealer
-from .spnego_compat import Proxy, inner_context, kerberos_enctype, mechanism_of, sspi_context
 
 Usage = Literal["initiate", "accept"]
 

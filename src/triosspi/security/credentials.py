@@ -14,16 +14,15 @@ from spnego import ContextProxy, NegotiateOptions
 from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, ConfigurationError, handles_secrets
-from . import kerberos, ntlm
-from .accounts import AccountSource
 from .authorization import Authorization
 from .context import SecurityContext, first_token_kind
 from .identity import ContextFlag
+from .kerberos import tickets as kerberos
 from .names import simple_upper
+from .ntlm import verification as ntlm
+from .ntlm.accounts import AccountSource
 from .policy import AcceptorPolicy, check_initiator
-from .rules import Rule
-from .spnego import SPNEGOAcceptor
-from .spnego_compat import (
+from .pyspnego_compat import (
     MECHANISMS,
     AcceptorKerberos,
     AcceptorNTLM,
@@ -33,6 +32,8 @@ from .spnego_compat import (
     rc4k,
     reset_crypto,
 )
+from .rules import Rule
+from .spnego.acceptor import SPNEGOAcceptor
 
 #: A mechanism that authenticates; Negotiate is what chooses between them.
 Mechanism = Literal["kerberos", "ntlm"]

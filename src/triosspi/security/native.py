@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from spnego import ContextProxy
 
-from .kerberos import AES_ENCTYPES, require_gssapi
-from .spnego_compat import Proxy, gssapi_context, kerberos_enctype, mics_exchanged, ntlm_flags
+from .kerberos.tickets import AES_ENCTYPES, require_gssapi
+from .pyspnego_compat import Proxy, gssapi_context, kerberos_enctype, mics_exchanged, ntlm_flags
 
 if TYPE_CHECKING:
     from .sealers import FrameSealer

@@ -16,12 +16,11 @@ from spnego import ContextProxy
 from .._errors import AuthenticationError
 from .authorization import Authorization
 from .identity import ContextFlag, PeerIdentity
-from .kerberos import KerberosPolicy, Ticket, ask_for, check_enctype, enctype_name
-from .kerberos import check as check_ticket
+from .kerberos.tickets import KerberosPolicy, Ticket, ask_for, check_enctype, enctype_name
+from .kerberos.tickets import check as check_ticket
 from .native import seals_kerberos
-from .ntlm import REQUIRED_FLAGS
-from .spnego import SPNEGOAcceptor
-from .spnego_compat import (
+from .ntlm.verification import REQUIRED_FLAGS
+from .pyspnego_compat import (
     AcceptorKerberos,
     AcceptorNTLM,
     InitiatorNegotiate,
@@ -30,6 +29,7 @@ from .spnego_compat import (
     kerberos_enctype,
     ntlm_flags,
 )
+from .spnego.acceptor import SPNEGOAcceptor
 
 _SESSION_KEY_SIZES: Final = (16, 32)
 # The bits of pyspnego's ContextReq that are GSS-API's own.

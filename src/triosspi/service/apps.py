@@ -10,8 +10,8 @@ from pathlib import Path
 import trio
 
 from .._errors import ConfigurationError
-from .._tcp import Handler, TCPChannel
 from ..impersonation import thread_user_name
+from ..tcp import Handler, TCPChannel
 from .reasons import described
 from .transcript import Transcript
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import trio
 
-from .._channel import SSPIChannel
 from .._errors import AuthenticationError, ConfigurationError, RemoteProtocolError
-from .._tcp import format_address, is_ordinary_end, open_sspi_over_tcp_channel
-from .._wire import WireFormat
+from ..channel import SSPIChannel
 from ..security.credentials import Initiator
+from ..tcp import format_address, is_ordinary_end, open_sspi_over_tcp_channel
+from ..wire import WireFormat
 from .reasons import reason
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
-from ..security.accounts import Account, AccountTable
-from ..security.spnego_compat import nt_hash
+from ..security.ntlm.accounts import Account, AccountTable
+from ..security.pyspnego_compat import nt_hash
 
 
 @dataclass(frozen=True, slots=True)

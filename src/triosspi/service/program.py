@@ -17,8 +17,8 @@ import msgspec
 import trio
 
 from .._errors import ConfigurationError
-from .._session import Tracer
-from .._tcp import Handler, TCPChannel, format_address
+from ..session import Tracer
+from ..tcp import Handler, TCPChannel, format_address
 from .apps import Greet
 from .config.assembly import choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
@@ -34,7 +34,7 @@ from .observe.notify import Notifier
 from .observe.status import Health, StatusServer
 from .observe.telemetry import Telemetry
 from .reasons import only_configuration_errors
-from .server import BEAT, Loaded, Server
+from .serving.server import BEAT, Loaded, Server
 from .transcript import Transcript
 from .workers.processes import Timing, Work
 from .workers.supervisor import Supervisor

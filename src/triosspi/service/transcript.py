@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from .._channel import SSPIChannel
+from ..channel import SSPIChannel
 
 SEC_E_OK: Final = 0x00000000
 SEC_I_CONTINUE_NEEDED: Final = 0x00090312

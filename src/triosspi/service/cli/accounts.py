@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..._errors import ConfigurationError
-from ...security.accounts import AccountFile
+from ...security.ntlm.accounts import AccountFile
 from .. import account_editor
 from .common import log_to_stderr
 from .passwords import InputLines, prompt_password, read_clear, read_password_stdin, require_terminal

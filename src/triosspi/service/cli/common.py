@@ -7,7 +7,7 @@ from typing import Final
 
 import click
 
-from ..._wire import WireFormat
+from ...wire import WireFormat
 
 WIRES: Final = click.Choice([wire.value for wire in WireFormat])
 MECHANISMS: Final = click.Choice(["negotiate", "kerberos", "ntlm"])

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ..._errors import ConfigurationError
-from ...security.accounts import AccountTable
+from ...security.ntlm.accounts import AccountTable
 from ..config.assembly import choose_app, make_acceptor, make_account_map, needs_demo_account
 from ..config.configuration import CONFIG_VARIABLE, Configuration, ConfigurationErrors, Sources
 from ..config.fitting import descriptor_limit, misfits

@@ -9,8 +9,8 @@ from typing import Any
 import click
 import trio
 
-from ..._wire import WireFormat
 from ...security.credentials import Initiator
+from ...wire import WireFormat
 from ..client import ConnectOptions, parse_address, run_client
 from ..config.settings import DEFAULT_PORT
 from ..transcript import harmless

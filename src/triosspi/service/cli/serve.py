@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import trio
 
-from ...security.spnego_compat import allow_token_logging
+from ...security.pyspnego_compat import allow_token_logging
 from ..config.assembly import app_name, choose_app, needs_demo_account
 from ..config.fitting import descriptor_limit, raise_descriptor_limit
 from ..config.options import OptionError

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from ..._tcp import Handler
-from ..._wire import SAMPLE_RECORD_SIZE, WireFormat
 from ...impersonation import AccountMap, Impersonation
-from ...security.accounts import AccountFile, AccountSource
 from ...security.credentials import Acceptor, Mechanism
+from ...security.ntlm.accounts import AccountFile, AccountSource
 from ...security.sealers import NTLM_TRAILER_SIZE
+from ...tcp import Handler
+from ...wire import SAMPLE_RECORD_SIZE, WireFormat
 from ..apps import SAMPLE_MESSAGE, Greet, echo, load_app
 from .options import OptionError
 from .settings import Accept, Impersonate, LocalAccounts, Serve, StartSettings

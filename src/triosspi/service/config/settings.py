@@ -20,8 +20,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 from msgspec import Meta, field
 
-from ..._wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
 from ...impersonation import DEFAULT_MIN_UID
+from ...wire import DEFAULT_MAX_MESSAGE_SIZE, LARGEST_MAX_MESSAGE_SIZE
 from ..network.addresses import IPNetwork
 from . import kinds
 from .options import About, LiveSection, Option, OptionError, Section, StartSection, options_of

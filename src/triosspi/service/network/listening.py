@@ -22,9 +22,8 @@ from weakref import WeakKeyDictionary
 
 import trio
 
-from ..._accepting import peername, remember
 from ..._errors import ConfigurationError, printable
-from ..._tcp import format_address
+from ...tcp import format_address, peername, remember
 from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
 from .descriptors import inherited_listeners

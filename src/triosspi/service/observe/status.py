@@ -26,9 +26,8 @@ from typing import Any, Final, Self
 
 import trio
 
-from ..._accepting import Shortage
 from ..._errors import ConfigurationError
-from ..._tcp import format_address
+from ...tcp import Shortage, format_address
 from ..reasons import reason
 from .metrics import CONTENT_TYPE
 

@@ -24,7 +24,7 @@ from typing import Final
 
 import trio
 
-from ..._accepting import remember
+from ...tcp import remember
 
 #: Seconds that others have to take a connection. Waking up and accepting takes an idle worker a tenth of that.
 MOMENT: Final = 0.001

@@ -42,7 +42,7 @@ from ..._errors import ConfigurationError
 from ..network.shared import Columns, Tables
 from ..observe.notify import Notifier
 from ..reasons import described, only_configuration_errors, reason
-from ..reloading import Reading, watch_files
+from ..serving.reloading import Reading, watch_files
 from .balance import Board
 from .processes import COMMAND, Process, Timing, Work, WorkerProcess, spawn
 from .worker_link import Plan

@@ -15,8 +15,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from .._errors import AuthenticationError
-from .identity import PAC
+from ..._errors import AuthenticationError
+from ..identity import PAC
 
 _HEADERS_SIZE: Final = 16
 _LITTLE_ENDIAN: Final = 0x10

@@ -22,9 +22,9 @@ from typing import Final, Literal
 
 import trio
 
-from .._tcp import NOTICE, TCPChannel
-from ..security.identity import Traffic
-from .config.settings import Limits
+from ...security.identity import Traffic
+from ...tcp import NOTICE, TCPChannel
+from ..config.settings import Limits
 
 log = logging.getLogger("triosspi.server")
 

@@ -8,11 +8,11 @@ from typing import Generic
 
 import trio
 
-from ._accepting import accept
-from ._channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_thread
-from ._session import Tracer
-from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
-from .security.credentials import Acceptor
+from ..channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_thread
+from ..security.credentials import Acceptor
+from ..session import Tracer
+from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
+from .accepting import accept
 
 log = logging.getLogger("triosspi.server")
 

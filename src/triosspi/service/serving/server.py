@@ -24,27 +24,26 @@ from typing import Final
 
 import trio
 
-from .._accepting import accept_forever
-from .._channel import Impersonator
-from .._errors import ConfigurationError
-from .._session import Tracer
-from .._tcp import Handler
-from .._wire import WireFormat
-from ..security.credentials import Acceptor
-from .config.settings import LiveSettings, StartSettings
+from ..._errors import ConfigurationError
+from ...channel import Impersonator
+from ...security.credentials import Acceptor
+from ...session import Tracer
+from ...tcp import Handler, accept_forever
+from ...wire import WireFormat
+from ..config.settings import LiveSettings, StartSettings
+from ..network.admission import Admission
+from ..network.listening import queued, remove_socket_files
+from ..network.proxy_protocol import ProxyProtocol
+from ..observe.logs import configure as configure_logs
+from ..observe.notify import Notifier
+from ..observe.telemetry import Telemetry
+from ..reasons import only_configuration_errors
+from ..workers.balance import BalancedListener
+from ..workers.worker_link import WorkerLink
 from .connection import Service
 from .lifecycle import shutting_down
-from .network.admission import Admission
-from .network.listening import queued, remove_socket_files
-from .network.proxy_protocol import ProxyProtocol
-from .observe.logs import configure as configure_logs
-from .observe.notify import Notifier
-from .observe.telemetry import Telemetry
-from .reasons import only_configuration_errors
 from .reloading import Reading, watch_files
 from .sessions import Sessions
-from .workers.balance import BalancedListener
-from .workers.worker_link import WorkerLink
 
 log = logging.getLogger("triosspi.server")
 

@@ -33,13 +33,13 @@ from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, printable
 from .identity import PAC
-from .kerberos import Ticket, reason, require_gssapi
+from .kerberos.pac import read_logon_info
+from .kerberos.tickets import Ticket, reason, require_gssapi
 from .names import AccountName
-from .pac import read_logon_info
-from .spnego import Mechanism, SPNEGOAcceptor
+from .spnego.acceptor import Mechanism, SPNEGOAcceptor
 
 if TYPE_CHECKING:
-    from .ntlm import Login
+    from .ntlm.verification import Login
 
 log = logging.getLogger("triosspi.kerberos")
 

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from .._errors import AuthenticationError, printable
+from ..._errors import AuthenticationError, printable
+from ..names import simple_upper
 from .accounts import Account
-from .names import simple_upper
 
 SIGNATURE: Final = b"NTLMSSP\0"
 

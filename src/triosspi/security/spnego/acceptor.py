@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from .._errors import AuthenticationError
+from ..._errors import AuthenticationError
 
 # DER contents of the mechanisms' OIDs. Windows lists Kerberos first under a number that was once a typing
 # error, and wants it back in the answer.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ._errors import ForeignProtocolError, printable
+from .._errors import ForeignProtocolError, printable
 
 #: Bytes; more need not be at hand for anything here.
 BEGINNING_SIZE: Final = 32

@@ -29,12 +29,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal, Protocol
 
-from . import _wire
-from ._errors import AuthenticationError, LocalProtocolError, RemoteProtocolError, TruncatedError
-from ._wire import FramedCodec, WireFormat, make_codec
-from .security.context import SecurityContext
-from .security.credentials import Acceptor, Initiator
-from .security.identity import ContextFlag, ContextSizes, PeerIdentity, Traffic
+from .._errors import AuthenticationError, LocalProtocolError, RemoteProtocolError, TruncatedError
+from ..security.context import SecurityContext
+from ..security.credentials import Acceptor, Initiator
+from ..security.identity import ContextFlag, ContextSizes, PeerIdentity, Traffic
+from ..wire import DEFAULT_MAX_MESSAGE_SIZE, FramedCodec, WireFormat, check_max_message_size, make_codec
 
 #: Tokens of the peer; Kerberos needs 1 or 2, NTLM 2, SPNEGO around them at most 2 more.
 MAX_ROUNDS: Final = 10
@@ -97,10 +96,10 @@ class Session:
         credential: Acceptor | Initiator,
         wire: WireFormat,
         *,
-        max_message_size: int = _wire.DEFAULT_MAX_MESSAGE_SIZE,
+        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
         tracer: Tracer | None = None,
     ) -> None:
-        _wire.check_max_message_size(max_message_size)
+        check_max_message_size(max_message_size)
         self._context: SecurityContext = credential.new_context(_DEMANDED[wire])
         self._codec = make_codec(wire, max_message_size)
         self._wire = wire

@@ -18,9 +18,9 @@ from typing import Final, Generic, NoReturn, TypeAlias, TypeVar
 
 import trio
 
-from .. import _server_threads
-from .._errors import ConfigurationError
-from .reasons import only_configuration_errors
+from ... import _server_threads
+from ..._errors import ConfigurationError
+from ..reasons import only_configuration_errors
 
 log = logging.getLogger("triosspi.server")
 

@@ -10,8 +10,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from typing import Final, TypeAlias
 
-from ._beginnings import BEGINNING_SIZE, check_beginning
-from ._errors import (
+from .._errors import (
     AuthenticationError,
     FrameTooLongError,
     LocalProtocolError,
@@ -19,7 +18,7 @@ from ._errors import (
     RemoteProtocolError,
     TruncatedError,
 )
-from ._framing import (
+from .._framing import (
     FrameScanner,
     LayoutError,
     LengthError,
@@ -29,6 +28,7 @@ from ._framing import (
     sizes_within,
     split_record,
 )
+from .beginnings import BEGINNING_SIZE, check_beginning
 
 # The layouts. All integers are u32 little-endian, Windows's DWORD.
 #
@@ -227,11 +227,13 @@ class FramedCodec(Codec):
     has_goodbye = True
 
     def begin_records(self, trailer_size: int) -> None:
+        """See `Codec.begin_records`."""
         super().begin_records(trailer_size)
         # Set before any header behind the last token is looked at: that header is a record's.
         self._scanner.limit = _DWORD + trailer_size + self._max_message_size
 
     def pack_records(self, records: Sequence[Record]) -> bytes:
+        """See `Codec.pack_records`."""
         return pack_framed_records(records)
 
     def frames(self) -> list[bytes]:
@@ -245,6 +247,7 @@ class FramedCodec(Codec):
         return frames
 
     def records(self) -> Iterator[Record]:
+        """See `Codec.records`."""
         while True:
             try:
                 record = self._scanner.next_frame()
@@ -276,17 +279,21 @@ class SampleCodec(Codec):
 
     @property
     def message_limit(self) -> int:
+        """See `Codec.message_limit`."""
         # With NTLM's 16 bytes of trailer 2028, with Kerberos AES's 60 it is 1984.
         return min(self._max_message_size, SAMPLE_RECORD_SIZE - _DWORD - self._trailer_size)
 
     def discard(self) -> None:
+        """See `Codec.discard`."""
         super().discard()
         self._received.clear()
 
     def pack_records(self, records: Sequence[Record]) -> bytes:
+        """See `Codec.pack_records`."""
         return b"".join(pack_record(trailer, data) for trailer, data in records)
 
     def records(self) -> Iterator[Record]:
+        """See `Codec.records`."""
         self._received += self._scanner.take_rest()
         if len(self._received) > SAMPLE_RECORD_SIZE:
             raise FrameTooLongError(len(self._received), SAMPLE_RECORD_SIZE)

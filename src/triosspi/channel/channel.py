@@ -34,12 +34,12 @@ from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from . import _server_threads
-from ._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError, without_frames
-from ._session import Session, Tracer
-from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
-from .security.credentials import Acceptor, Initiator
-from .security.identity import ContextSizes, PeerIdentity, Traffic
+from .. import _server_threads
+from .._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError, without_frames
+from ..security.credentials import Acceptor, Initiator
+from ..security.identity import ContextSizes, PeerIdentity, Traffic
+from ..session import Session, Tracer
+from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
 
 log = logging.getLogger("triosspi.impersonation")
 

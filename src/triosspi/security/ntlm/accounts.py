@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
-from .. import _texts
-from .._errors import ConfigurationError, handles_secrets, printable
-from .names import simple_upper
-from .spnego_compat import nt_hash
+from ... import _texts
+from ..._errors import ConfigurationError, handles_secrets, printable
+from ..names import simple_upper
+from ..pyspnego_compat import nt_hash
 
 log = logging.getLogger("triosspi.accounts")
 

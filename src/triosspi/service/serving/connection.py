@@ -11,22 +11,22 @@ from typing import Final, Literal, NoReturn, TypeAlias, cast
 
 import trio
 
-from .._channel import Impersonator, SSPIChannel
-from .._errors import AuthenticationError, TicketExpiredError, TruncatedError, printable
-from .._session import Tracer
-from .._tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
-from .._wire import WireFormat
-from ..security.credentials import Acceptor
-from ..security.identity import PeerIdentity
-from .config.settings import Limits
+from ..._errors import AuthenticationError, TicketExpiredError, TruncatedError, printable
+from ...channel import Impersonator, SSPIChannel
+from ...security.credentials import Acceptor
+from ...security.identity import PeerIdentity
+from ...session import Tracer
+from ...tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
+from ...wire import WireFormat
+from ..config.settings import Limits
+from ..network.addresses import IPAddress
+from ..network.admission import Admission, Dropped, Entry
+from ..network.listening import source_of, tune
+from ..network.login_stream import LoginStream, discard_input
+from ..network.proxy_protocol import ProxyError, ProxyProtocol
+from ..network.waiting import Stage
+from ..observe.telemetry import SessionEnd, Telemetry
 from .lifecycle import shutting_down
-from .network.addresses import IPAddress
-from .network.admission import Admission, Dropped, Entry
-from .network.listening import source_of, tune
-from .network.login_stream import LoginStream, discard_input
-from .network.proxy_protocol import ProxyError, ProxyProtocol
-from .network.waiting import Stage
-from .observe.telemetry import SessionEnd, Telemetry
 from .sessions import LiveSession, Outcome, Sessions
 
 log = logging.getLogger("triosspi.server")

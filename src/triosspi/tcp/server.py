@@ -13,14 +13,14 @@ from typing import Final, NoReturn, TypeAlias
 
 import trio
 
-from ._accepting import accept_forever, peername
-from ._channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
-from ._errors import ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, printable
-from ._listener import SSPIListener
-from ._session import Tracer
-from ._wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
-from .security.credentials import Acceptor, Initiator
-from .security.identity import PeerIdentity
+from .._errors import ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, printable
+from ..channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
+from ..security.credentials import Acceptor, Initiator
+from ..security.identity import PeerIdentity
+from ..session import Tracer
+from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
+from .accepting import accept_forever, peername
+from .listener import SSPIListener
 
 log = logging.getLogger("triosspi.server")
 

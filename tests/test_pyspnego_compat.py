@@ -20,8 +20,9 @@ from spnego._negotiate import NegotiateProxy
 from spnego._ntlm import NTLMProxy
 from spnego._ntlm_raw import crypto, messages
 
-from triosspi.security import ntlm, spnego_compat
-from triosspi.security.spnego_compat import AcceptorNTLM, InitiatorNegotiate, nt_hash, rc4k
+from triosspi.security import pyspnego_compat
+from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.pyspnego_compat import AcceptorNTLM, InitiatorNegotiate, nt_hash, rc4k
 
 
 def parameters(function: object) -> list[str]:
@@ -77,7 +78,7 @@ def test_the_negotiate_context_has_the_fields_that_are_read() -> None:
 def test_the_ntlm_initiator_has_the_fields_that_decide_what_it_sends() -> None:
     proxy = NTLMProxy("alice", "password")
     assert {"_lm", "_nt_v1", "_nt_v2", "_context_req", "_temp_negotiate", "_credential"} <= set(vars(proxy))
-    spnego_compat.ntlm_without_environment(proxy)
+    pyspnego_compat.ntlm_without_environment(proxy)
     assert (proxy._lm, proxy._nt_v1, proxy._nt_v2) == (False, False, True)
 
 
@@ -115,19 +116,19 @@ def test_every_logger_of_pyspnego_that_writes_tokens_is_filtered() -> None:
     writers = {
         f"spnego.{path.stem}"
         for path in package.glob("*.py")
-        if any(t in path.read_text() for t in spnego_compat._TOKEN_TEXTS)
+        if any(t in path.read_text() for t in pyspnego_compat._TOKEN_TEXTS)
     }
     # CredSSP is never used here.
-    assert writers - {"spnego._credssp"} == set(spnego_compat._TOKEN_LOGGERS)
-    for name in spnego_compat._TOKEN_LOGGERS:
-        assert spnego_compat._hide_tokens in logging.getLogger(name).filters
+    assert writers - {"spnego._credssp"} == set(pyspnego_compat._TOKEN_LOGGERS)
+    for name in pyspnego_compat._TOKEN_LOGGERS:
+        assert pyspnego_compat._hide_tokens in logging.getLogger(name).filters
 
 
 def test_private_names_of_pyspnego_are_imported_by_one_file_only() -> None:
-    package = Path(spnego_compat.__file__).parent.parent
+    package = Path(pyspnego_compat.__file__).parent.parent
     users = set()
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("spnego._"):
                 users.add(path.name)
-    assert users == {"spnego_compat.py"}
+    assert users == {"pyspnego_compat.py"}

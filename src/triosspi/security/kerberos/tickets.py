@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .._errors import AuthenticationError, ConfigurationError, printable
-from .identity import PAC, ContextFlag
-from .names import simple_upper
+from ..._errors import AuthenticationError, ConfigurationError, printable
+from ..identity import PAC, ContextFlag
+from ..names import simple_upper
 
 log = logging.getLogger("triosspi.kerberos")
 

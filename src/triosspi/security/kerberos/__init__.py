@@ -1,0 +1,1 @@
+"""Kerberos through python-gssapi: what is demanded of tickets, and what their PACs say."""

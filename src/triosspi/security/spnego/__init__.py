@@ -1,0 +1,1 @@
+"""SPNEGO's acceptor, RFC 4178."""

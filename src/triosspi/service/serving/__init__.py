@@ -1,0 +1,1 @@
+"""One server process: its connections, its sessions, its signals and reloads."""
