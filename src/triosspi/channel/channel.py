@@ -1,6 +1,6 @@
 """`SSPIChannel`: a session over a Trio stream."""
 
-# All the thinking about bytes and cryptography is in `_session`; what is left is when to wait.
+# All the thinking about bytes and cryptography is in `session`; what is left is when to wait.
 #
 # Two tasks may use a channel at once, one sending and one receiving, as with a Trio stream, and a third
 # may close it. The rules that make this safe:
@@ -14,57 +14,31 @@
 #   nor between taking messages out and returning them. So the checkpoint of the fast path comes first.
 # * The handshake is done once, by whoever needs it first; the others wait for its end, good or bad.
 #   (Trio's own `_Once` leaves a second waiter hanging when the first one fails.)
-# * CLOSED is for ever; BROKEN never overwrites it. So a task that wakes to an error asks first whether
-#   that was our own closing.
 #
-# Closing is the subtle part. Closing a TCP socket with input that nobody has read makes the kernel send
-# RST, which destroys what the peer has not read yet, replies that were sent long before included. So:
-# goodbye, FIN, read until the peer's FIN, close; all of it bounded, since the peer may be hostile. The
-# reading begins with the goodbye, in a task of its own: two sides that close with full buffers would each
-# wait for the other to read first, until their time was up, and reset each other. A task that is blocked in `receive` at that moment keeps the transport's receiving side; it is left
-# there, and wakes with the peer's FIN or when the time is up. A cancel scope around each read would wake
-# it at once, and cost every read of every connection.
+# What a channel may do when is in `states`, and how it is closed in `farewell`.
 
 from __future__ import annotations
 
-import enum
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, Generic, Protocol, TypeVar, TypeVarTuple, Unpack
+from collections.abc import Callable, Sequence
+from typing import Final, Generic, TypeVar, TypeVarTuple, Unpack
 
 import trio
 
-from .. import _server_threads
 from .._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError, without_frames
 from ..security.credentials import Acceptor, Initiator
 from ..security.identity import ContextSizes, PeerIdentity, Traffic
 from ..session import Session, Tracer
-from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat
+from .farewell import LOST, part
+from .options import ChannelKeywords, ChannelOptions, takes_channel_options
+from .states import BECOMES, State
 
 log = logging.getLogger("triosspi.impersonation")
-
-#: Seconds; how long `aclose` waits for a peer that does not read the goodbye.
-_GOODBYE_TIMEOUT: Final = 1.0
-#: Seconds and bytes; how long `aclose` waits for the peer's end, and how much it reads meanwhile.
-_DRAIN_TIMEOUT: Final = 1.0
-_DRAIN_LIMIT: Final = 1024 * 1024
 
 # One for all channels: it is replaced, never filled.
 _NOTHING: Final[list[bytes]] = []
 
 _RECEIVING: Final = "another task is receiving on this SSPIChannel"
-
-# What a transport says when it is of no use any more, in its own words or in ours: it may be an adapter around
-# another channel. Taken at its word, an EndOfChannel would be our peer's sealed goodbye, a LocalProtocolError
-# would promise that nothing was sent, and a BusyResourceError that nothing has happened.
-_LOST: Final = (
-    SSPIError,
-    trio.BrokenResourceError,
-    trio.ClosedResourceError,
-    trio.BusyResourceError,
-    trio.EndOfChannel,
-    OSError,
-)
 
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 T = TypeVar("T")
@@ -88,42 +62,6 @@ def _login_turn() -> trio.Lock:
         return lock
 
 
-class RunBlocking(Protocol):
-    """Runs a sync function where it may block; `run_in_thread` is one."""
-
-    def __call__(self, sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> Awaitable[bytes]:
-        """Run ``sync_fn(token)`` and return its result."""
-
-
-async def run_in_thread(sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> bytes:
-    """Run a handshake's step in one of Trio's worker threads, which is the server.
-
-    A cancelled one is left to itself: a KDC that does not answer may hold it up for a minute, and nobody
-    will look at a broken channel's session again.
-    """
-    return await _server_threads.run_sync(sync_fn, token, abandon_on_cancel=True)
-
-
-class Impersonator(Protocol):
-    """Runs functions as a peer; `Impersonation` is one."""
-
-    async def run_as_peer(
-        self,
-        peer: PeerIdentity,
-        function: Callable[[Unpack[Ts]], T],
-        *args: *Ts,
-        native: object | None = None,
-    ) -> T:
-        """See `Impersonation.run_as_peer`."""
-        ...  # pragma: no cover
-
-
-class _State(enum.Enum):
-    OK = enum.auto()
-    BROKEN = enum.auto()
-    CLOSED = enum.auto()
-
-
 class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
     r"""Sealed messages over a byte stream, with a peer authenticated by SSPI's Negotiate.
 
@@ -139,12 +77,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
       transport_stream: the stream to speak over; the channel owns and closes it. Where it can
           half-close (`trio.abc.HalfCloseableStream`) replies in flight survive a close.
       credential: an `Acceptor` makes this the server's side, an `Initiator` the client's.
-      wire: the format; both sides must use the same.
-      max_message_size: bytes of plaintext; a peer that announces more is cut off before anything is
-          allocated.
-      run_blocking: where handshake steps run that may wait for a KDC, DNS or the disk.
       tracer: is told of each handshake step and each sealed message.
-      impersonation: what `run_as_peer` runs functions with; None is off.
+      **options: see `ChannelOptions`.
 
     Attributes:
       transport_stream: see above.
@@ -155,11 +89,10 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
     __slots__ = (
         "__weakref__",
         "_cause",
-        "_handshake_ended",
         "_handshake_over",
         "_impersonation",
+        "_leads_to",
         "_left",
-        "_ready",
         "_receiver_gone",
         "_receiving",
         "_relayable",
@@ -167,37 +100,34 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         "_sending",
         "_session",
         "_state",
-        "_stopped",
         "tracer",
         "transport_stream",
     )
 
+    @takes_channel_options
     def __init__(
         self,
         transport_stream: StreamT,
         credential: Acceptor | Initiator,
         *,
-        wire: WireFormat = WireFormat.FRAMED,
-        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-        run_blocking: RunBlocking = run_in_thread,
         tracer: Tracer | None = None,
-        impersonation: Impersonator | None = None,
+        **options: Unpack[ChannelKeywords],
     ) -> None:
+        chosen = ChannelOptions(**options)
         self.transport_stream: StreamT = transport_stream
-        self._session = Session(credential, wire, max_message_size=max_message_size, tracer=tracer)
+        self._session = Session(credential, chosen.wire, max_message_size=chosen.max_message_size, tracer=tracer)
         self.tracer = tracer
-        self._run_blocking = run_blocking
-        self._impersonation = impersonation
+        self._run_blocking = chosen.run_blocking
+        self._impersonation = chosen.impersonation
         # Whether an NTLM login that was meant for another service is let in.
         self._relayable = isinstance(credential, Acceptor) and credential.require_target != "require"
-        self._state = _State.OK
-        # OK, the handshake over, nothing stopped: what every message asks first.
-        self._ready = False
-        self._stopped = False
+        self._state = State.NEW
+        # What a handshake that succeeds makes of it.
+        self._leads_to = State.OPEN
+        # Why it is BROKEN.
         self._cause: BaseException | None = None
-        # While the handshake runs, what other tasks wait for.
+        # During HANDSHAKE, what other tasks wait for.
         self._handshake_over: trio.Event | None = None
-        self._handshake_ended = False
         # Whether a task is in there. Flags, looked after by hand: a context manager is two calls for each message.
         self._sending = False
         self._receiving = False
@@ -256,10 +186,18 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
 
     # State
 
+    def _become(self, state: State) -> None:
+        assert state in BECOMES[self._state], f"{self._state} cannot become {state}"
+        self._state = state
+
+    @property
+    def _stopped(self) -> bool:
+        return self._state is State.STOPPED
+
     def _check_usable(self) -> None:
-        if self._state is _State.CLOSED:
+        if self._state is State.CLOSED:
             raise trio.ClosedResourceError("this SSPIChannel is closed")
-        if self._state is _State.BROKEN:
+        if self._state is State.BROKEN:
             raise trio.BrokenResourceError(str(self._cause) or type(self._cause).__name__) from self._cause
 
     def _check_receiving(self) -> None:
@@ -273,13 +211,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         Args:
           exc: the cause, which every later use tells.
         """
-        self._break(exc)
-
-    def _break(self, exc: BaseException) -> None:
-        if self._state is not _State.OK:
+        if self._state is State.BROKEN or self._state is State.CLOSED:
             return
-        self._state = _State.BROKEN
-        self._ready = False
+        self._become(State.BROKEN)
         self._cause = exc
         if isinstance(exc, trio.BrokenResourceError):
             # The stream's own error says only that; what it was is behind it. And an acceptor that
@@ -298,12 +232,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         if isinstance(exc, trio.EndOfChannel) and self._stopped and not cancel_breaks:
             # Our own, from `stop_receiving`.
             return
-        if not self._handshake_ended and isinstance(exc, _LOST):
-            # They hold tokens, against which passwords can be tried.
-            without_frames(exc)
         if cancel_breaks or not isinstance(exc, trio.Cancelled):
-            self._break(exc)
-        if isinstance(exc, _LOST):
+            self.give_up(exc)
+        if isinstance(exc, LOST):
             self._check_usable()
 
     # Handshake
@@ -323,25 +254,30 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         await self._ensure_handshake(checkpoint=True)
 
     async def _ensure_handshake(self, *, checkpoint: bool) -> None:
-        if self._handshake_ended:
-            if checkpoint:
-                await trio.lowlevel.checkpoint()
-        elif self._handshake_over is not None:
+        if self._state is State.HANDSHAKE:
+            assert self._handshake_over is not None
             await self._handshake_over.wait()
-        else:
+        elif self._state is State.NEW:
+            self._become(State.HANDSHAKE)
             self._handshake_over = trio.Event()
             try:
                 await self._handshake()
+                # Somebody may have closed it meanwhile, or given it up.
+                self._check_usable()
+                self._become(self._leads_to)
             except BaseException as exc:
+                if isinstance(exc, LOST):
+                    # They hold tokens, against which passwords can be tried.
+                    without_frames(exc)
                 self._translate(exc, cancel_breaks=True)
                 raise
             finally:
                 # In any case, or whoever else waits for the handshake waits for ever.
                 self._handshake_over.set()
                 self._handshake_over = None
-                self._handshake_ended = True
+        elif checkpoint:
+            await trio.lowlevel.checkpoint()
         self._check_usable()
-        self._ready = not self._stopped
 
     async def _handshake(self) -> None:
         session = self._session
@@ -400,12 +336,12 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             raise trio.BusyResourceError("another task is sending on this SSPIChannel")
         self._sending = True
         try:
-            if not self._ready:
+            if self._state is not State.OPEN:
                 self._check_usable()
                 await self._ensure_handshake(checkpoint=False)
             # Here a cancellation costs nothing yet.
             await trio.lowlevel.checkpoint_if_cancelled()
-            if not self._ready:
+            if self._state is not State.OPEN:
                 self._check_usable()
             session = self._session
             if session.peer_left:
@@ -427,7 +363,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 raise
         finally:
             self._sending = False
-            if self._stopped:
+            if self._stopped or self._state is State.BROKEN:
+                # It waits for what nobody will take any more.
                 self._wake_receiver()
 
     # Receiving
@@ -477,7 +414,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             raise trio.BusyResourceError(_RECEIVING)
         self._receiving = True
         try:
-            if not self._ready:
+            if self._state is not State.OPEN:
                 self._check_usable()
                 await self._ensure_handshake(checkpoint=False)
                 if self._stopped:
@@ -498,13 +435,13 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                     return messages
                 while not session.receive_ended:
                     session.receive_data(await self.transport_stream.receive_some())
-                    if not self._ready:
+                    if self._state is not State.OPEN:
                         # Closed meanwhile? Then the peer's end is not ours to tell.
                         self._check_receiving()
                     if messages := session.next_messages():
                         return messages
             except BaseException as exc:
-                if self._stopped and self._state is _State.OK and isinstance(exc, trio.ClosedResourceError):
+                if self._stopped and isinstance(exc, trio.ClosedResourceError):
                     # `_wake_receiver`: nothing is closed.
                     raise trio.EndOfChannel from None
                 self._translate(exc, cancel_breaks=False)
@@ -525,17 +462,16 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         May be called at any time, and again. A task that waits for a message wakes at once over a
         socket; over any other stream only when the peer sends something.
         """
-        if self._state is _State.OK:
-            self._stopped = True
-            self._ready = False
+        self._leads_to = State.STOPPED
+        if self._state is State.OPEN:
+            self._become(State.STOPPED)
             self._left = _NOTHING
             self._wake_receiver()
 
     def _wake_receiver(self) -> None:
         # What wakes one who waits to read a socket wakes one who waits to write it too, half-way through a record:
         # so not while a task is sending. It calls this when it is done.
-        waits = self._receiving and self._handshake_ended and not self._sending
-        if waits and isinstance(self.transport_stream, trio.SocketStream):
+        if self._receiving and not self._sending and isinstance(self.transport_stream, trio.SocketStream):
             trio.lowlevel.notify_closing(self.transport_stream.socket)
 
     def _leave_receive(self) -> None:
@@ -593,13 +529,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         what the peer still sends is read and dropped until its end. When this is cancelled, or another task is sending
         meanwhile, the transport is closed at once. Always leaves everything closed.
         """
-        if self._state is _State.CLOSED:
+        if self._state is State.CLOSED:
             await trio.lowlevel.checkpoint()
             return
-        established = self._session.established and self._handshake_ended
-        polite = self._state is _State.OK and established and not self._sending
-        self._state = _State.CLOSED
-        self._ready = False
+        polite = self._state in (State.OPEN, State.STOPPED) and not self._sending
+        self._become(State.CLOSED)
         # Its traceback leads back here: a cycle, which only the garbage collector would find.
         self._cause = None
         self._left = _NOTHING
@@ -609,48 +543,16 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                     self.tracer.closed()
             finally:
                 if polite:
-                    await self._farewell()
+                    await self._part()
         finally:
             await self.transport_stream.aclose()
 
-    async def _farewell(self) -> None:
-        # The peer may be gone already, or its transport broken: then there is nobody to be polite to.
+    async def _part(self) -> None:
         try:
             goodbye = self._session.goodbye()
         except RemoteProtocolError:
+            # The peer's ticket has ended, say: then there is nobody to be polite to.
             return
-        failures: list[Exception] = []
-        # One scope for both: as long as the goodbye is not out, until its time is up, and from then on the drain's.
-        async with trio.open_nursery() as nursery:
-            scope = nursery.cancel_scope
-            scope.deadline = trio.current_time() + _GOODBYE_TIMEOUT
-            nursery.start_soon(self._drain, scope, failures)
-            try:
-                if goodbye:
-                    await self.transport_stream.send_all(goodbye)
-                if isinstance(self.transport_stream, trio.abc.HalfCloseableStream):
-                    await self.transport_stream.send_eof()
-            except _LOST:
-                scope.cancel()
-            except Exception as exc:  # noqa: BLE001 - raised below, in no group
-                failures.append(exc)
-                scope.cancel()
-            else:
-                scope.deadline = trio.current_time() + _DRAIN_TIMEOUT
-        if failures:
-            raise failures[0]
-
-    async def _drain(self, scope: trio.CancelScope, failures: list[Exception]) -> None:
-        try:
-            if self._receiving:
-                self._receiver_gone = trio.Event()
-                await self._receiver_gone.wait()
-            drained = 0
-            while drained < _DRAIN_LIMIT and (data := await self.transport_stream.receive_some()):
-                drained += len(data)
-        except _LOST:
-            # What is still to be sent may get through, or finds out itself.
-            pass
-        except Exception as exc:  # noqa: BLE001 - raised by `_farewell`, in no group
-            failures.append(exc)
-            scope.cancel()
+        if self._receiving:
+            self._receiver_gone = trio.Event()
+        await part(self.transport_stream, goodbye, self._receiver_gone)

@@ -18,7 +18,7 @@
 # When the handshake ends, the two sides need not agree that it has. The side that speaks last is done
 # before the other has judged that token: a raw NTLM client, whose third token is refused, believes
 # itself logged in, and then sees the connection close. Until that acceptor has sealed something that
-# opens, it has proved nothing; this is what `_unproven` remembers. And the other way round: an NTLM login
+# opens, it has proved nothing: the state UNPROVEN, see `states`. And the other way round: an NTLM login
 # that an acceptor has accepted may have been relayed by somebody who does not have its key.
 #
 # Errors come after what was good: the messages before a bad record, or before a goodbye, are handed
@@ -27,13 +27,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 from .._errors import AuthenticationError, LocalProtocolError, RemoteProtocolError, TruncatedError
 from ..security.context import SecurityContext
 from ..security.credentials import Acceptor, Initiator
 from ..security.identity import ContextFlag, ContextSizes, PeerIdentity, Traffic
 from ..wire import DEFAULT_MAX_MESSAGE_SIZE, FramedCodec, WireFormat, check_max_message_size, make_codec
+from .states import HEARING, OURS_BECOMES, OVER, PROVED, THEIRS_BECOMES, Ours, Theirs
 
 #: Tokens of the peer; Kerberos needs 1 or 2, NTLM 2, SPNEGO around them at most 2 more.
 MAX_ROUNDS: Final = 10
@@ -81,11 +82,12 @@ class Session:
         "_batches",
         "_codec",
         "_context",
-        "_ending",
+        "_error",
+        "_hearing",
+        "_ours",
         "_rounds",
-        "_said_all",
+        "_theirs",
         "_tracer",
-        "_unproven",
         "_unread",
         "_wire",
         "receive_ended",
@@ -107,13 +109,25 @@ class Session:
         # The codec again, where the sealer handles whole batches of its frames.
         self._batches: FramedCodec | None = None
         self._rounds = 0
-        self._unproven = False
-        self._said_all = False
-        # What comes behind the messages already opened: an error, or an end as it should be.
-        self._ending: RemoteProtocolError | Literal["end"] | None = None
+        self._ours = Ours.HANDSHAKE
+        self._theirs = Theirs.HANDSHAKE
+        # Derived from `_theirs`, by `_hear` alone: every message asks them.
+        self._hearing = False
         self.receive_ended = False
+        # Why it is FAILED or UNHEARD; it comes behind the messages already opened.
+        self._error: RemoteProtocolError | None = None
         # Bytes have come that were not looked at for messages.
         self._unread = False
+
+    def _say(self, state: Ours) -> None:
+        assert state in OURS_BECOMES[self._ours], f"{self._ours} cannot become {state}"
+        self._ours = state
+
+    def _hear(self, state: Theirs) -> None:
+        assert state in THEIRS_BECOMES[self._theirs], f"{self._theirs} cannot become {state}"
+        self._theirs = state
+        self._hearing = state in HEARING
+        self.receive_ended = state in OVER
 
     @property
     def accepts(self) -> bool:
@@ -157,7 +171,7 @@ class Session:
         A login alone may have been relayed by somebody who has no key. In the sample's format, where the
         initiator says nothing, an acceptor never knows.
         """
-        return self.established and not self._unproven
+        return self._theirs in PROVED
 
     @property
     def native(self) -> object | None:
@@ -220,10 +234,13 @@ class Session:
             self._codec.begin_records(self._context.trailer_size)
             if isinstance(self._codec, FramedCodec) and self._context.frame_sealer is not None:
                 self._batches = self._codec
-            self._unproven = bool(answer) or self.accepts
             # In the sample's format only the acceptor speaks.
-            self._said_all = self._wire is WireFormat.SAMPLE and not self.accepts
-            self.receive_ended = self._wire is WireFormat.SAMPLE and self.accepts
+            sample = self._wire is WireFormat.SAMPLE
+            self._say(Ours.SAID_ALL if sample and not self.accepts else Ours.MESSAGES)
+            if sample and self.accepts:
+                self._hear(Theirs.MUTE)
+            else:
+                self._hear(Theirs.UNPROVEN if answer or self.accepts else Theirs.PROVEN)
         elif not answer and token is not None and not self.accepts:
             raise AuthenticationError("the mechanism has nothing more to say, and is not done")
         return data
@@ -234,7 +251,7 @@ class Session:
         Raises:
           LocalProtocolError: one of them cannot be sent.
         """
-        if self._said_all:
+        if self._ours is Ours.SAID_ALL:
             raise LocalProtocolError("nothing more can be sent: the sample's format has one message, the acceptor's")
         self._codec.check_messages(messages)
         if self._wire is WireFormat.SAMPLE and len(messages) > 1:
@@ -259,7 +276,7 @@ class Session:
           UnsealError: the context is of no use any more.
         """
         if self._wire is WireFormat.SAMPLE:
-            self._said_all = True
+            self._say(Ours.SAID_ALL)
         self._context.check_alive()
         if self._batches is not None and self._tracer is None:
             return self._context.seal_frames(messages)
@@ -277,9 +294,9 @@ class Session:
 
     def goodbye(self) -> bytes:
         """The bytes that say goodbye, once; none where it was said, or cannot be, or nobody listens."""
-        if not self.established or self._said_all or self.peer_left or not self._codec.has_goodbye:
+        if self._ours is not Ours.MESSAGES or self.peer_left or not self._codec.has_goodbye:
             return b""
-        self._said_all = True
+        self._say(Ours.SAID_ALL)
         return self._codec.pack_records([self._context.seal(b"")])
 
     def next_messages(self) -> list[bytes]:
@@ -288,20 +305,20 @@ class Session:
         Raises:
           RemoteProtocolError: nothing more can come.
         """
-        if self._unread and self._ending is None and not self.receive_ended:
+        if self._unread and self._hearing:
             # All that is whole is opened now, so nothing is left to see before the next `receive_data` but,
             # behind it, the end.
             self._unread = self._codec.ended
             if messages := self._open_records():
                 return messages
-        if self._ending is not None:
-            if isinstance(self._ending, RemoteProtocolError):
-                raise self._ending
-            self.receive_ended = True
+        if self._theirs is Theirs.LEAVING:
+            self._hear(Theirs.ENDED)
+        elif self._error is not None:
+            raise self._error
         return []
 
     def _open_records(self) -> list[bytes]:
-        """Open all that is at hand; what follows it, a good end or an error, becomes `_ending`."""
+        """Open all that is at hand; what follows it, a good end or an error, is the state from now on."""
         messages: list[bytes] = []
         error: RemoteProtocolError | None = None
         try:
@@ -316,18 +333,20 @@ class Session:
         except RemoteProtocolError as exc:
             error = exc
         if messages:
-            self._unproven = False
             goodbye = not messages[-1] and self._codec.has_goodbye
             if goodbye:
                 messages.pop()
             if goodbye or self._wire is WireFormat.SAMPLE:
                 # What follows is discarded, never parsed.
                 self._codec.discard()
-                self._ending = "end"
+                self._hear(Theirs.LEAVING)
                 return messages
+            if self._theirs is Theirs.UNPROVEN:
+                self._hear(Theirs.PROVEN)
         if error is not None:
             unexplained = isinstance(error, TruncatedError)
-            self._ending = (self.explain_end() if unexplained else None) or error
+            self._error = (self.explain_end() if unexplained else None) or error
+            self._hear(Theirs.UNHEARD if self._theirs is Theirs.UNPROVEN else Theirs.FAILED)
         return messages
 
     def explain_end(self) -> RemoteProtocolError | None:
@@ -344,6 +363,6 @@ class Session:
             return AuthenticationError(
                 "the acceptor closed the connection during the handshake: login probably refused"
             )
-        if self._unproven:
+        if self._theirs is Theirs.UNPROVEN:
             return AuthenticationError("the acceptor closed without a word: login probably refused")
         return None
