@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Generic
+from typing import Generic, Unpack
 
 import trio
 
-from ..channel import Impersonator, RunBlocking, SSPIChannel, StreamT, run_in_thread
+from ..channel import ChannelKeywords, ChannelOptions, SSPIChannel, StreamT, takes_channel_options
 from ..security.credentials import Acceptor
 from ..session import Tracer
-from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .accepting import accept
 
 log = logging.getLogger("triosspi.server")
@@ -26,49 +25,35 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
     Args:
       transport_listener: the listener underneath; it is owned and closed.
       acceptor: what clients authenticate with.
-      wire: see `SSPIChannel`.
-      max_message_size: see `SSPIChannel`.
-      run_blocking: see `SSPIChannel`.
       make_tracer: makes the tracer of each connection. What it raises is logged (to the logger
           ``triosspi.server``), and is that connection's end: its channel is broken from the start.
-      impersonation: see `SSPIChannel`.
+      **options: see `ChannelOptions`.
+
+    Raises:
+      LocalProtocolError: an option cannot be.
     """
 
+    @takes_channel_options
     def __init__(
         self,
         transport_listener: trio.abc.Listener[StreamT],
         acceptor: Acceptor,
         *,
-        wire: WireFormat = WireFormat.FRAMED,
-        max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-        run_blocking: RunBlocking = run_in_thread,
         make_tracer: Callable[[], Tracer] | None = None,
-        impersonation: Impersonator | None = None,
+        **options: Unpack[ChannelKeywords],
     ) -> None:
-        # Not first when somebody connects.
-        check_max_message_size(max_message_size)
+        # Made here so that what cannot be is found now, and not first when somebody connects.
+        self._options = ChannelOptions(**options)
         self.transport_listener = transport_listener
         self._acceptor = acceptor
-        self._wire = wire
-        self._max_message_size = max_message_size
-        self._run_blocking = run_blocking
         self._make_tracer = make_tracer
-        self._impersonation = impersonation
 
     async def accept(self) -> SSPIChannel[StreamT]:
         """Accept the next connection and wrap it. See `trio.abc.Listener.accept` for details."""
         transport_stream = await accept(self.transport_listener)
         try:
             tracer, failure = self._trace()
-            channel = SSPIChannel(
-                transport_stream,
-                self._acceptor,
-                wire=self._wire,
-                max_message_size=self._max_message_size,
-                run_blocking=self._run_blocking,
-                tracer=tracer,
-                impersonation=self._impersonation,
-            )
+            channel = SSPIChannel(transport_stream, self._acceptor, tracer=tracer, **self._options.keywords())
         except BaseException:
             # Nobody else knows of it.
             await trio.aclose_forcefully(transport_stream)

@@ -9,16 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, NoReturn, TypeAlias
+from typing import Final, NoReturn, TypeAlias, Unpack
 
 import trio
 
 from .._errors import ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, printable
-from ..channel import Impersonator, RunBlocking, SSPIChannel, run_in_thread
+from ..channel import ChannelKeywords, ChannelOptions, SSPIChannel, takes_channel_options
 from ..security.credentials import Acceptor, Initiator
 from ..security.identity import PeerIdentity
 from ..session import Tracer
-from ..wire import DEFAULT_MAX_MESSAGE_SIZE, WireFormat, check_max_message_size
 from .accepting import accept_forever, peername
 from .listener import SSPIListener
 
@@ -64,16 +63,15 @@ class ServerStatistics:
     accept_errors: int = 0
 
 
+@takes_channel_options
 async def open_sspi_over_tcp_channel(
     host: str,
     port: int,
     initiator: Initiator,
     *,
-    wire: WireFormat = WireFormat.FRAMED,
-    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = run_in_thread,
     tracer: Tracer | None = None,
     happy_eyeballs_delay: float | None = 0.25,
+    **options: Unpack[ChannelKeywords],
 ) -> TCPChannel:
     """Connect to a server. The handshake is left to the first use, or `SSPIChannel.do_handshake`.
 
@@ -81,46 +79,35 @@ async def open_sspi_over_tcp_channel(
       host: name or address; also the target's host where the initiator names no target.
       port: TCP port.
       initiator: what to log in with.
-      wire: see `SSPIChannel`.
-      max_message_size: see `SSPIChannel`.
-      run_blocking: see `SSPIChannel`.
       tracer: see `SSPIChannel`.
       happy_eyeballs_delay: seconds, see `trio.open_tcp_stream`.
+      **options: see `ChannelOptions`.
 
     Raises:
       OSError: no connection, see `trio.open_tcp_stream`.
-      LocalProtocolError: ``max_message_size`` cannot be.
+      LocalProtocolError: an option cannot be.
       ConfigurationError: ``host`` cannot be a target's.
     """
     # Before anything is opened that nobody would close.
-    check_max_message_size(max_message_size)
+    chosen = ChannelOptions(**options)
     initiator = initiator.with_default_host(host)
     stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
     try:
-        return SSPIChannel(
-            stream,
-            initiator,
-            wire=wire,
-            max_message_size=max_message_size,
-            run_blocking=run_blocking,
-            tracer=tracer,
-        )
+        return SSPIChannel(stream, initiator, tracer=tracer, **chosen.keywords())
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
 
 
+@takes_channel_options
 async def open_sspi_over_tcp_listeners(
     port: int,
     acceptor: Acceptor,
     *,
     host: str | None = None,
-    wire: WireFormat = WireFormat.FRAMED,
-    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
-    impersonation: Impersonator | None = None,
     backlog: int | None = None,
+    **options: Unpack[ChannelKeywords],
 ) -> list[TCPListener]:
     """Listen. Accepting only wraps: the handshake is left to whoever uses the channel.
 
@@ -129,28 +116,18 @@ async def open_sspi_over_tcp_listeners(
       acceptor: what clients authenticate with.
       host: name or address to bind, of a name all addresses that this machine has; None binds all interfaces, IPv4 and
         IPv6.
-      wire: see `SSPIChannel`.
-      max_message_size: see `SSPIChannel`.
-      run_blocking: see `SSPIChannel`.
       make_tracer: see `SSPIListener`.
-      impersonation: see `SSPIChannel`.
       backlog: see `trio.open_tcp_listeners`.
+      **options: see `ChannelOptions`.
 
     Raises:
       OSError: see `trio.open_tcp_listeners`.
+      LocalProtocolError: an option cannot be.
     """
     # Before anything is opened that nobody would close.
-    check_max_message_size(max_message_size)
+    chosen = ChannelOptions(**options)
     return [
-        SSPIListener(
-            listener,
-            acceptor,
-            wire=wire,
-            max_message_size=max_message_size,
-            run_blocking=run_blocking,
-            make_tracer=make_tracer,
-            impersonation=impersonation,
-        )
+        SSPIListener(listener, acceptor, make_tracer=make_tracer, **chosen.keywords())
         for listener in await _open_tcp_listeners(port, host, backlog)
     ]
 
@@ -186,22 +163,20 @@ async def _open_tcp_listeners(port: int, host: str | None, backlog: int | None) 
     return listeners
 
 
+@takes_channel_options
 async def serve_sspi_over_tcp(
     handler: Handler,
     port: int,
     acceptor: Acceptor,
     *,
     host: str | None = None,
-    wire: WireFormat = WireFormat.FRAMED,
-    max_message_size: int = DEFAULT_MAX_MESSAGE_SIZE,
-    run_blocking: RunBlocking = run_in_thread,
     make_tracer: Callable[[], Tracer] | None = None,
-    impersonation: Impersonator | None = None,
     backlog: int | None = None,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     handler_nursery: trio.Nursery | None = None,
     statistics: ServerStatistics | None = None,
     task_status: trio.TaskStatus[list[TCPListener]] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[ChannelKeywords],
 ) -> NoReturn:
     """Listen, authenticate every client, and call ``handler(channel)`` for each that succeeds.
 
@@ -216,30 +191,19 @@ async def serve_sspi_over_tcp(
       port: see `open_sspi_over_tcp_listeners`.
       acceptor: see `open_sspi_over_tcp_listeners`.
       host: see `open_sspi_over_tcp_listeners`.
-      wire: see `SSPIChannel`.
-      max_message_size: see `SSPIChannel`.
-      run_blocking: see `SSPIChannel`.
       make_tracer: see `SSPIListener`.
-      impersonation: see `SSPIChannel`.
       backlog: see `trio.open_tcp_listeners`.
       handshake_timeout: seconds for each client's whole handshake.
       handler_nursery: where connections' tasks run; by default a nursery of its own.
       statistics: is counted up.
       task_status: `trio.Nursery.start` returns the listeners.
+      **options: see `ChannelOptions`.
 
     Returns:
       Never, unless cancelled.
     """
     listeners = await open_sspi_over_tcp_listeners(
-        port,
-        acceptor,
-        host=host,
-        wire=wire,
-        max_message_size=max_message_size,
-        run_blocking=run_blocking,
-        make_tracer=make_tracer,
-        impersonation=impersonation,
-        backlog=backlog,
+        port, acceptor, host=host, make_tracer=make_tracer, backlog=backlog, **options
     )
     await serve_sspi_listeners(
         handler,
