@@ -43,7 +43,7 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
-from triosspi.tcp.server import is_ordinary_end, said_nothing
+from triosspi.tcp.endings import is_ordinary_end, login_failure
 
 both_formats = pytest.mark.parametrize("wire", WireFormat)
 both_packagings = pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])
@@ -887,7 +887,7 @@ async def assert_broken(channel: Channel) -> None:
         broken = await raised_by(call)
         assert type(broken) is trio.BrokenResourceError
         # A connection that breaks before its first byte has said nothing, and is nobody's session.
-    assert not is_ordinary_end(broken) or said_nothing(broken)
+    assert not is_ordinary_end(broken) or login_failure(broken).kind == "nothing_said"
     channel.transport_stream.before = lambda _name: None
     channel.transport_stream.calls.clear()
     await channel.aclose()

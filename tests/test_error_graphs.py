@@ -46,7 +46,7 @@ from triosspi.security.pyspnego_compat import nt_hash
 from triosspi.security.sealers import ProxySealer
 from triosspi.service import account_editor
 from triosspi.service.cli.passwords import read_clear, read_password_file
-from triosspi.tcp.server import ServerStatistics, Tickets, serve_connection
+from triosspi.tcp.server import CountingServer, ServerStatistics
 
 PASSWORD = "Tr0ub4dor&3-and-more"
 
@@ -214,7 +214,7 @@ async def test_no_exception_of_a_handler_leads_to_a_key(secrets: Secrets, caplog
 
     counts = ServerStatistics()
     await trio.aclose_forcefully(client)
-    await serve_connection(server, handler, 10, counts, Tickets())
+    await CountingServer(handler, 10, counts).serve(server)
     assert counts.handler_errors == 1
     client, server = await connected_channels()
     tampered = bytearray(seal_from(client, b"hello"))

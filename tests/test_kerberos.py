@@ -45,7 +45,7 @@ from triosspi.security.kerberos import tickets as kerberos
 from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.security.sealers import GSSWrapSealer
 from triosspi.session.session import Session
-from triosspi.tcp import server as _tcp
+from triosspi.tcp import tickets
 
 Connect = Callable[..., LineContext]
 
@@ -618,7 +618,7 @@ async def test_a_handler_is_ended_with_its_peers_ticket_and_the_peer_is_told_goo
         await trio.sleep_forever()
 
     monkeypatch.setattr(policy, "_ticket_peer", short_lived)
-    monkeypatch.setattr(_tcp, "NOTICE", 0.1)
+    monkeypatch.setattr(tickets, "NOTICE", 0.1)
     statistics = ServerStatistics()
     listeners = await nursery.start(
         partial(serve_sspi_over_tcp, handler, 0, acceptor(kdc), host="127.0.0.1", statistics=statistics)

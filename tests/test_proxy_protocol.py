@@ -34,7 +34,7 @@ from triosspi.service.network.proxy_protocol import (
     crc32c,
     read_proxy_header,
 )
-from triosspi.tcp.server import format_address
+from triosspi.tcp import format_address
 
 BEHIND = b"\x28\x00\x00\x00NTLMSSP\x00 and so on"
 

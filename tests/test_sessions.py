@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from triosspi import Traffic
-from triosspi.service.serving.sessions import NOTICE, STUBBORN, WATCH_INTERVAL, LiveSession, Sessions
+from triosspi.service.serving.sessions import NOTICE, STUBBORN, WATCH_INTERVAL, Sessions, WatchedSession
 
 NOTHING = Traffic(0, 0, 0, 0)
 
@@ -44,9 +44,9 @@ class Watched:
         self.sessions = Sessions(lambda: self.limits, self.told.append)
         nursery.start_soon(self.sessions.watch, nursery)
 
-    def add(self, mechanism: str = "ntlm", expires: float | None = None) -> tuple[LiveSession, Any]:
+    def add(self, mechanism: str = "ntlm", expires: float | None = None) -> tuple[WatchedSession, Any]:
         channel: Any = FakeChannel(mechanism)
-        session = LiveSession(channel, "somewhere", expires)
+        session = WatchedSession(channel, "somewhere", expires)
         self.sessions.add(session)
         return session, channel
 

@@ -184,3 +184,21 @@ def peername(stream: Any) -> Any:
         return stream.socket.getpeername()
     except OSError:
         return None
+
+
+def peer_address(stream: Any) -> str:
+    """Where a connection comes from, for people: ``192.0.2.1:50000`` or ``[2001:db8::1]:50000``.
+
+    To be asked once, see `peername`.
+    """
+    address = peername(stream)
+    if not isinstance(address, tuple):
+        # A Unix socket's, mostly empty; or the peer is gone already.
+        return "unknown address"
+    host, port, *_ = address
+    return format_address(host, port)
+
+
+def format_address(host: str, port: int) -> str:
+    """An address and port in one, as URLs write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,39 +1,32 @@
-"""Channels over TCP: a client's one, a server's many."""
+"""A server of channels over TCP: the life of a connection with nothing filled in but its counters."""
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
 from typing import Final, NoReturn, TypeAlias, Unpack
 
 import trio
 
-from .._errors import ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, printable
-from ..channel import ChannelKeywords, ChannelOptions, SSPIChannel, takes_channel_options
-from ..security.credentials import Acceptor, Initiator
-from ..security.identity import PeerIdentity
+from .._errors import printable
+from ..channel import ChannelKeywords, ChannelOptions, takes_channel_options
+from ..security.credentials import Acceptor
 from ..session import Tracer
-from .accepting import accept_forever, peername
+from .accepting import accept_forever, peer_address
+from .connection import Attempt, ConnectionServer, Handler, LiveSession, TCPChannel
+from .endings import End, LoginFailure
 from .listener import SSPIListener
+from .tickets import Tickets, ticket_end
 
 log = logging.getLogger("triosspi.server")
 
-TCPChannel: TypeAlias = SSPIChannel[trio.SocketStream]
 TCPListener: TypeAlias = SSPIListener[trio.SocketStream]
-Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
 
 #: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 30.0
-
-#: Seconds between the notice that a handler gets on its channel, when its session's time is over, and its cancellation.
-NOTICE: Final = 5.0
-# How often tickets are looked at, while there are any.
-_TICKETS_INTERVAL: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -61,42 +54,6 @@ class ServerStatistics:
     lost: int = 0
     expired: int = 0
     accept_errors: int = 0
-
-
-@takes_channel_options
-async def open_sspi_over_tcp_channel(
-    host: str,
-    port: int,
-    initiator: Initiator,
-    *,
-    tracer: Tracer | None = None,
-    happy_eyeballs_delay: float | None = 0.25,
-    **options: Unpack[ChannelKeywords],
-) -> TCPChannel:
-    """Connect to a server. The handshake is left to the first use, or `SSPIChannel.do_handshake`.
-
-    Args:
-      host: name or address; also the target's host where the initiator names no target.
-      port: TCP port.
-      initiator: what to log in with.
-      tracer: see `SSPIChannel`.
-      happy_eyeballs_delay: seconds, see `trio.open_tcp_stream`.
-      **options: see `ChannelOptions`.
-
-    Raises:
-      OSError: no connection, see `trio.open_tcp_stream`.
-      LocalProtocolError: an option cannot be.
-      ConfigurationError: ``host`` cannot be a target's.
-    """
-    # Before anything is opened that nobody would close.
-    chosen = ChannelOptions(**options)
-    initiator = initiator.with_default_host(host)
-    stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
-    try:
-        return SSPIChannel(stream, initiator, tracer=tracer, **chosen.keywords())
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
 
 
 @takes_channel_options
@@ -229,260 +186,90 @@ async def serve_sspi_listeners(
     See `serve_sspi_over_tcp` for details.
     """
     counts = statistics if statistics is not None else ServerStatistics()
-    tickets = Tickets()
-    serve = partial(
-        serve_connection, handler=handler, handshake_timeout=handshake_timeout, counts=counts, tickets=tickets
-    )
+    server = CountingServer(handler, handshake_timeout, counts)
 
     def failed(_: OSError) -> None:
         counts.accept_errors += 1
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(tickets.watch)
+        nursery.start_soon(server.tickets.watch)
         for listener in listeners:
-            nursery.start_soon(accept_forever, listener, handler_nursery or nursery, serve, failed)
+            nursery.start_soon(accept_forever, listener, handler_nursery or nursery, server.serve, failed)
         # A nursery's block would end here, and the listeners' tasks never do.
         task_status.started(listeners)
     raise AssertionError("unreachable")  # pragma: no cover
 
 
-class Tickets:
-    """Ends handlers with their peers' Kerberos tickets: gives them notice on their channels, then cancels them.
+class CountedAttempt(Attempt):
+    """A channel before its login, as the library's server sees it."""
 
-    One task looks at all, since a task for each would be the most of what an idle session takes. Should it end before
-    the handlers, in a nursery that is given to the server, they are cancelled without notice.
-    """
+    __slots__ = ("_channel", "_server")
 
-    def __init__(self) -> None:
-        # On Trio's clock. Sessions that have ended are not in it: their tickets may have hours to go.
-        self._ends: dict[TCPChannel, float] = {}
-        self._some = trio.Event()
+    def __init__(self, channel: TCPChannel, server: CountingServer) -> None:
+        super().__init__(peer_address(channel.transport_stream))
+        self._channel = channel
+        self._server = server
 
-    async def watch(self) -> NoReturn:
-        """Give notice, until cancelled."""
-        while True:
-            await self._some.wait()
-            while self._ends:
-                await trio.sleep(_TICKETS_INTERVAL)
-                now = trio.current_time()
-                for channel in [channel for channel, end in self._ends.items() if end <= now]:
-                    del self._ends[channel]
-                    channel.stop_receiving()
-            self._some = trio.Event()
+    async def open(self) -> TCPChannel:
+        """See `Attempt.open`."""
+        return self._channel
 
-    async def run(self, handler: Handler, channel: TCPChannel, seconds: float) -> bool:
-        """Run a handler as long as the ticket lasts, and a little longer.
-
-        Returns:
-          Whether it was ended, or ended by itself, when the ticket had.
-        """
-        end = trio.current_time() + seconds
-        self._ends[channel] = end
-        self._some.set()
-        try:
-            with trio.move_on_at(end + NOTICE):
-                await handler(channel)
-        except Exception as exc:
-            found = connection_end(exc)
-            if found is None or tampering(found) is not None:
-                raise
-            if trio.current_time() < end and not isinstance(found.__cause__, TicketExpiredError):
-                raise
-            return True
-        finally:
-            self._ends.pop(channel, None)
-        return trio.current_time() >= end
-
-
-async def serve_connection(
-    channel: TCPChannel, handler: Handler, handshake_timeout: float, counts: ServerStatistics, tickets: Tickets
-) -> bool:
-    """One connection, from accept to close. Raises nothing but Cancelled and its like.
-
-    Returns:
-      Whether the peer was authenticated, and so the handler called.
-    """
-    # One coroutine for all of a connection's life: it waits for days, thousands of times.
-    counts.accepted += 1
-    source = peer_address(channel)
-    authenticated = False
-    try:
-        authenticated = await _authenticate(channel, source, handshake_timeout, counts)
-        if authenticated:
-            # Errors are accounted for before closing, which takes its time, and when cancelled replaces them.
-            try:
-                if (seconds := _seconds_left(channel.peer)) is None:
-                    # A scope has its price, too.
-                    await handler(channel)
-                elif await tickets.run(handler, channel, seconds):
-                    counts.expired += 1
-                    log.info("%s: %s: the Kerberos ticket has ended", source, channel.peer)
-            except Exception as exc:  # noqa: BLE001 - logged with its traceback
-                _account_for(exc, channel, source, counts)
-            except BaseExceptionGroup as group:
-                # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
-                errors = group.subgroup(Exception)
-                if errors is not None:
-                    _account_for(errors, channel, source, counts)
-                raise
-    finally:
-        if authenticated:
-            await _close(channel, source, counts)
-        else:
-            await trio.aclose_forcefully(channel)
-    return authenticated
-
-
-async def _authenticate(channel: TCPChannel, source: str, handshake_timeout: float, counts: ServerStatistics) -> bool:
-    try:
-        with trio.move_on_after(handshake_timeout) as in_time:
-            await channel.do_handshake()
-    except trio.BrokenResourceError as exc:
-        if said_nothing(exc):
-            # Health checks and port scanners, by the thousand.
+    def failed(self, failure: LoginFailure) -> None:
+        """See `Attempt.failed`."""
+        counts = self._server.counts
+        if failure.kind == "nothing_said":
             counts.nothing_said += 1
-            log.debug("%s: %s", source, exc)
+            log.debug("%s: %s", self.source, failure.reason)
+        elif failure.kind == "timeout":
+            counts.timed_out += 1
+            log.warning("%s: %s", self.source, failure.reason)
         else:
             counts.refused += 1
-            log.warning("%s: login refused: %s", source, exc)
-        return False
-    except Exception:
-        # Not the peer's doing, but still only this connection's end.
-        counts.refused += 1
-        log.exception("%s: the handshake failed through an error of ours", source)
-        return False
-    if in_time.cancelled_caught:
-        counts.timed_out += 1
-        log.warning("%s: no login within %s s", source, handshake_timeout)
-        return False
-    counts.authenticated += 1
-    return True
+            if failure.kind != "error":
+                log.warning("%s: login refused: %s", self.source, failure.reason)
+
+    def logged_in(self, channel: TCPChannel) -> LiveSession:
+        """See `Attempt.logged_in`."""
+        self._server.counts.authenticated += 1
+        session = LiveSession(channel, self.source, ticket_end(channel.peer))
+        self._server.tickets.add(session)
+        return session
 
 
-async def _close(channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
-    try:
-        await channel.aclose()
-    except Exception as exc:  # noqa: BLE001 - logged with its traceback
-        _account_for(exc, channel, source, counts)
+class CountingServer(ConnectionServer[TCPChannel]):
+    """The library's server, which counts and logs."""
 
+    def __init__(self, handler: Handler, handshake_timeout: float, counts: ServerStatistics) -> None:
+        super().__init__(handler)
+        self.counts = counts
+        self.tickets = Tickets()
+        self._handshake_timeout = handshake_timeout
 
-def _seconds_left(peer: PeerIdentity) -> float | None:
-    """How long the peer's ticket lasts; None where there is no ticket."""
-    if peer.expires_at is None:
-        return None
-    return max(0.0, (peer.expires_at - datetime.now(UTC)).total_seconds())
+    @property
+    def handshake_timeout(self) -> float:
+        """See `ConnectionServer.handshake_timeout`."""
+        return self._handshake_timeout
 
+    def admit(self, arrived: TCPChannel) -> CountedAttempt:
+        """See `ConnectionServer.admit`."""
+        self.counts.accepted += 1
+        return CountedAttempt(arrived, self)
 
-def _account_for(exc: Exception, channel: TCPChannel, source: str, counts: ServerStatistics) -> None:
-    end, forged = connection_end(exc), tampering(exc)
-    if (refused := impersonation_refused(exc)) is not None:
-        # A line missing in a map, and no bug.
-        counts.handler_errors += 1
-        log.warning("%s: %s: cannot be impersonated: %s", source, channel.peer, refused)
-    elif end is None:
-        counts.handler_errors += 1
-        log.error("%s: %s: the handler failed", source, channel.peer, exc_info=exc)
-    elif is_ordinary_end(end) and forged is None:
-        log.info("%s: %s: closed by the peer", source, channel.peer)
-        return
-    if end is not None or forged is not None:
-        # Also beside a bug: else whoever tampers needs only to meet one.
-        counts.lost += 1
-        log.warning("%s: %s: connection lost: %s", source, channel.peer, forged or end)
+    def ended(self, session: LiveSession, end: End) -> None:
+        """See `ConnectionServer.ended`."""
+        self.tickets.remove(session)
+        peer = session.channel.peer
+        if end.outcome == "handler_error":
+            self.counts.handler_errors += 1
+        elif end.outcome == "expired":
+            self.counts.expired += 1
+            log.info("%s: %s: the Kerberos ticket has ended", session.source, peer)
+        elif end.outcome in ("peer_closed", "goodbye"):
+            log.info("%s: %s: closed by the peer", session.source, peer)
+        if end.outcome == "lost" or end.forged is not None:
+            self.counts.lost += 1
+            log.warning("%s: %s: connection lost: %s", session.source, peer, end.forged or end.error)
 
-
-def _leaves(exc: Exception) -> Iterator[Exception]:
-    """What a group holds, however deep; an exception that is none holds itself."""
-    if isinstance(exc, ExceptionGroup):
-        for inner in exc.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield exc
-
-
-def connection_end(exc: Exception, *, closed: bool = False) -> Exception | None:
-    """The end of the connection that a handler ran into, if that is all that it raised.
-
-    Where a group holds several, it is the worst: a message that did not open before a connection that was
-    lost, and that before a peer that left.
-
-    Args:
-      exc: what it raised.
-      closed: whether somebody else than the handler may have closed the channel.
-    """
-    ends = list(_leaves(exc))
-    return max(ends, key=_gravity) if all(_is_end(end, closed=closed) for end in ends) else None
-
-
-def _is_end(exc: Exception, *, closed: bool) -> bool:
-    ended = isinstance(exc, (trio.BrokenResourceError, trio.EndOfChannel))
-    return ended or (closed and isinstance(exc, trio.ClosedResourceError))
-
-
-def _gravity(end: Exception) -> int:
-    if tampering(end) is not None:
-        return 2
-    return int(not is_ordinary_end(end) and not isinstance(end, trio.ClosedResourceError))
-
-
-def impersonation_refused(exc: Exception, *, closed: bool = False) -> ImpersonationError | None:
-    """That a peer could not be impersonated, if that is all that a handler raised, but for ends of the connection."""
-    refused = None
-    for leaf in _leaves(exc):
-        if isinstance(leaf, ImpersonationError):
-            refused = refused or leaf
-        elif not _is_end(leaf, closed=closed):
-            return None
-    return refused
-
-
-def tampering(exc: BaseException) -> UnsealError | None:
-    """The message that did not open, if one is behind what a handler raised, in whatever it was wrapped."""
-    seen: set[int] = set()
-    left: list[BaseException | None] = [exc]
-    while left:
-        found = left.pop()
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, UnsealError) and not isinstance(found, TicketExpiredError):
-            return found
-        left += [found.__cause__, found.__context__]
-        if isinstance(found, BaseExceptionGroup):
-            left += found.exceptions
-    return None
-
-
-def is_ordinary_end(exc: Exception) -> bool:
-    """Whether a peer that simply was done raises this: a goodbye, or an end between two messages.
-
-    The latter because some peers cannot say goodbye; whoever must tell it from an attacker's cut
-    looks at `TruncatedError` himself.
-    """
-    cause = exc.__cause__
-    if isinstance(cause, TruncatedError):
-        return cause.at_boundary
-    return isinstance(exc, trio.EndOfChannel) or isinstance(cause, trio.EndOfChannel)
-
-
-def said_nothing(exc: trio.BrokenResourceError) -> bool:
-    """Whether a handshake failed because the connection ended, in whatever way, before its first byte."""
-    return isinstance(exc.__cause__, TruncatedError) and exc.__cause__.nothing_said
-
-
-def peer_address(channel: TCPChannel) -> str:
-    """Where a channel's peer connects from, for people: ``192.0.2.1:50000`` or ``[2001:db8::1]:50000``.
-
-    To be asked once, see `peername`.
-    """
-    address = peername(channel.transport_stream)
-    if not isinstance(address, tuple):
-        # A Unix socket's, mostly empty; or the peer is gone already.
-        return "unknown address"
-    host, port, *_ = address
-    return format_address(host, port)
-
-
-def format_address(host: str, port: int) -> str:
-    """An address and port in one, as URLs write it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    def closing_failed(self) -> None:
+        """See `ConnectionServer.closing_failed`."""
+        self.counts.handler_errors += 1

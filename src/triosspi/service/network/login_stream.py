@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Final
 
 import trio
 
 from .admission import Entry
-
-_PIECES: Final = 4
-_PIECE: Final = 65_536
 
 
 class LoginStream(trio.abc.HalfCloseableStream):
@@ -58,12 +52,3 @@ class LoginStream(trio.abc.HalfCloseableStream):
     async def aclose(self) -> None:
         """See `trio.abc.AsyncResource.aclose` for details."""
         await self._stream.aclose()
-
-
-def discard_input(stream: trio.SocketStream) -> None:
-    """Throw away what has come and nobody has read: with that, closing would send a RST in place of an end."""
-    if os.name == "posix":
-        with suppress(OSError):
-            for _ in range(_PIECES):
-                if not os.read(stream.socket.fileno(), _PIECE):
-                    break

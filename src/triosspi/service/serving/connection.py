@@ -1,38 +1,27 @@
-"""One connection of a server, from accept to close: admission, login, handler, and what is told of it."""
+"""One connection of the service: what it adds to the life of a connection, which is admission, PROXY, sessions, telemetry."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from typing import Final, Literal, NoReturn, TypeAlias, cast
+from typing import Final, Literal, NoReturn, cast
 
 import trio
 
-from ..._errors import AuthenticationError, TicketExpiredError, TruncatedError, printable
-from ...channel import Impersonator, SSPIChannel
+from ..._errors import AuthenticationError, printable
+from ...channel import ChannelOptions, SSPIChannel
 from ...security.credentials import Acceptor
-from ...security.identity import PeerIdentity
 from ...session import Tracer
-from ...tcp import Handler, TCPChannel, connection_end, impersonation_refused, is_ordinary_end, said_nothing, tampering
-from ...wire import WireFormat
+from ...tcp import Attempt, ConnectionServer, End, Handler, LiveSession, LoginFailure, TCPChannel, ticket_end
 from ..config.settings import Limits
-from ..network.addresses import IPAddress
 from ..network.admission import Admission, Dropped, Entry
 from ..network.listening import source_of, tune
-from ..network.login_stream import LoginStream, discard_input
+from ..network.login_stream import LoginStream
 from ..network.proxy_protocol import ProxyError, ProxyProtocol
 from ..network.waiting import Stage
 from ..observe.telemetry import SessionEnd, Telemetry
 from .lifecycle import shutting_down
-from .sessions import LiveSession, Outcome, Sessions
-
-log = logging.getLogger("triosspi.server")
-
-End: TypeAlias = tuple[Outcome, str | None]
-"""How a session ended, and what went wrong, if anything."""
+from .sessions import Sessions, WatchedSession
 
 #: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips, for
 #: which a busy machine may take seconds; who has only connected would hold up the stop for as long as a login may take.
@@ -45,196 +34,132 @@ class TooManySessions(AuthenticationError):
     """The peer is who it says, and there are as many sessions of it as may be. Nothing is held against it."""
 
 
-def _check_principal(channel: TCPChannel, entry: Entry) -> None:
-    """See that whoever has logged in may be let in; before that, nothing happens.
+class Service(ConnectionServer[trio.SocketStream]):
+    """What all connections of a server share. A reload exchanges some of it; whoever is logged in keeps what they have.
 
-    Raises:
-      AuthenticationError: it may not.
-    """
-    try:
-        peer = channel.peer
-    except trio.NeedHandshakeError:
-        return
-    why = entry.check_principal(peer.principal, guessable=peer.mechanism == "ntlm")
-    who = printable(peer.principal)
-    if why == "failures":
-        # Not counted as one more: it is none.
-        raise AuthenticationError(
-            f"too many logins of {who} have failed, and nobody has logged in as it from there before",
-            mechanism=peer.mechanism,
-        )
-    if why == "sessions":
-        raise TooManySessions(f"{who} has as many sessions as may be", mechanism=peer.mechanism)
-
-
-@dataclass(kw_only=True)
-class Service:
-    """What all connections of a server share. A reload exchanges fields of it; who is logged in keeps his.
-
-    Attributes:
+    Args:
       handler: the application.
       acceptor: what clients authenticate with.
-      wire: the format.
-      max_message_size: bytes of plaintext.
+      options: of their channels.
       limits: see `Limits`.
       keepalive: seconds until the kernel asks a silent peer whether it is there; None leaves it be.
       proxies: who must send a PROXY header.
       admission: who may connect.
       sessions: who is logged in.
       telemetry: is told of everything.
-      impersonation: see `SSPIChannel`.
       make_tracer: makes the tracer of each connection.
       logged_in: called for each login.
     """
 
-    handler: Handler
-    acceptor: Acceptor
-    wire: WireFormat
-    max_message_size: int
-    limits: Limits
-    keepalive: float | None
-    proxies: ProxyProtocol
-    admission: Admission
-    sessions: Sessions
-    telemetry: Telemetry
-    impersonation: Impersonator | None = None
-    make_tracer: Callable[[], Tracer] | None = None
-    logged_in: Callable[[], None] | None = None
-    _logging_in: set[trio.CancelScope] = field(default_factory=set)
-    _somebody_waits: trio.Event = field(default_factory=trio.Event)
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        acceptor: Acceptor,
+        options: ChannelOptions,
+        limits: Limits,
+        keepalive: float | None,
+        proxies: ProxyProtocol,
+        admission: Admission,
+        sessions: Sessions,
+        telemetry: Telemetry,
+        make_tracer: Callable[[], Tracer] | None = None,
+        logged_in: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(handler)
+        self.acceptor = acceptor
+        self.options = options
+        self.limits = limits
+        self.keepalive = keepalive
+        self.proxies = proxies
+        self.admission = admission
+        self.sessions = sessions
+        self.telemetry = telemetry
+        self.make_tracer = make_tracer
+        self.logged_in = logged_in
+        self._deadlines: set[trio.CancelScope] = set()
+        self._somebody_waits = trio.Event()
+
+    # What the life of a connection asks
+
+    @property
+    def handshake_timeout(self) -> float:
+        """Seconds for everything up to the login."""
+        return self.limits.handshake_timeout
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is about to stop."""
+        return shutting_down().is_set()
+
+    def admit(self, arrived: trio.SocketStream) -> ServiceAttempt | None:
+        """See `ConnectionServer.admit`."""
+        self.telemetry.accepted()
+        if (origin := source_of(arrived)) is None:
+            # Gone already. No cap knows its source; and were it a proxy, its header would be taken for a token.
+            self.telemetry.dropped("nothing_said", "unknown address")
+            return None
+        address, source = origin
+        expects_header = self.proxies.expected_from(address)
+        try:
+            entry = self.admission.admit(None if expects_header else address)
+        except Dropped as exc:
+            self.telemetry.dropped(exc.cause, source)
+            return None
+        return ServiceAttempt(self, arrived, entry, source, expects_header=expects_header)
+
+    def ended(self, session: LiveSession, end: End) -> None:  # noqa: ARG002 - the session is told of when it is closed
+        """See `ConnectionServer.ended`."""
+        if end.forged is not None:
+            self.telemetry.unseal_failure()
+
+    def closed(self, session: LiveSession, end: End) -> None:
+        """See `ConnectionServer.closed`."""
+        assert isinstance(session, WatchedSession)
+        self.sessions.remove(session)
+        traffic = session.channel.traffic
+        self.telemetry.session_ended(
+            SessionEnd(
+                session_id=session.number,
+                source=session.source,
+                peer=session.channel.peer,
+                outcome=end.outcome,
+                error=end.error,
+                messages_received=traffic.messages_received,
+                messages_sent=traffic.messages_sent,
+                bytes_received=traffic.bytes_received,
+                bytes_sent=traffic.bytes_sent,
+                seconds=trio.current_time() - session.since,
+            )
+        )
+        session.leave()
+
+    # Stopping
 
     def stop(self) -> None:
         """Let everybody finish, and begin nothing new. See the head of `server`."""
         self.sessions.stop()
-        for scope in self._logging_in:
-            self._hurry(scope)
+        for deadline in self._deadlines:
+            self._hurry(deadline)
 
-    def _hurry(self, scope: trio.CancelScope) -> None:
-        scope.deadline = min(scope.deadline, trio.current_time() + STOPPING_HANDSHAKE)
+    def count_deadline(self, deadline: trio.CancelScope) -> None:
+        """Somebody is logging in, until then."""
+        self._deadlines.add(deadline)
+        if self.sessions.stopping:
+            self._hurry(deadline)
 
-    async def serve(self, stream: trio.SocketStream) -> bool:
-        """One connection. Raises nothing but Cancelled and its like.
+    def forget_deadline(self, deadline: trio.CancelScope) -> None:
+        """They are not, any more."""
+        self._deadlines.discard(deadline)
 
-        Returns:
-          Whether the peer logged in, and so the handler was called.
-        """
-        # One coroutine for all of a connection's life, with few variables: it waits for days, thousands of times.
-        self.telemetry.accepted()
-        if (origin := source_of(stream)) is None:
-            # Gone already. No cap knows its source; and were it a proxy, its header would be taken for a token.
-            self.telemetry.dropped("nothing_said", "unknown address")
-            await trio.aclose_forcefully(stream)
-            return False
-        if (entry := self._admit(*origin)) is None:
-            discard_input(stream)
-            await trio.aclose_forcefully(stream)
-            return False
-        try:
-            if (session := await self._log_in(stream, entry, *origin)) is None:
-                return False
-            end: End = ("shutdown", None)
-            try:
-                with session.scope:
-                    await self.handler(session.channel)
-                end = self._finished(session), None
-            except BaseException as exc:
-                end = self._failed(exc, session)
-                if not isinstance(exc, Exception):
-                    raise
-            finally:
-                await self._close(session, *end)
-        finally:
-            entry.close()
-        return True
+    def _hurry(self, deadline: trio.CancelScope) -> None:
+        deadline.deadline = min(deadline.deadline, trio.current_time() + STOPPING_HANDSHAKE)
 
-    # Logging in
+    # Turns
 
-    def _admit(self, address: IPAddress | None, source: str) -> Entry | None:
-        try:
-            return self.admission.admit(None if self.proxies.expected_from(address) else address)
-        except Dropped as exc:
-            self.telemetry.dropped(exc.cause, source)
-            return None
-
-    async def _log_in(
-        self, stream: trio.SocketStream, entry: Entry, address: IPAddress | None, source: str
-    ) -> LiveSession | None:
-        """Let the peer log in; if it does not, close the connection and tell why."""
-        started = trio.current_time()
-        channel: TCPChannel | None = None
-        authenticated = False
-        try:
-            with trio.move_on_after(self.limits.handshake_timeout) as in_time:
-                self._logging_in.add(in_time)
-                entry.on_evicted = in_time.cancel
-                if self.sessions.stopping:
-                    self._hurry(in_time)
-                await self._wait_for_turn(stream, entry)
-                watched = LoginStream(stream, entry)
-                if self.proxies.expected_from(address):
-                    # From a health check it is None: the balancer speaks for itself.
-                    told = await self.proxies.read_header(watched)
-                    if told is not None:
-                        address, source = told
-                        entry.identify(address)
-                        await self._wait_for_turn(stream, entry)
-                channel = self._channel(stream, watched)
-                # Before the last token of ours says that the password was right, and where there is none.
-                watched.before_sending = partial(_check_principal, channel, entry)
-                await channel.do_handshake()
-                _check_principal(channel, entry)
-                channel.transport_stream = stream
-                authenticated = entry.evicted is None
-        except Dropped as exc:
-            self.telemetry.dropped(exc.cause, source)
-        except ProxyError as exc:
-            self.telemetry.dropped("nothing_said" if exc.nothing_said else "proxy_header", source)
-        except (trio.BrokenResourceError, AuthenticationError) as exc:
-            self._broken_off(exc, entry, source, started)
-        except Exception:
-            # Not the peer's doing, but still only this connection's end.
-            log.exception("%s: the handshake failed through an error of ours", source)
-            self._refused(entry, "protocol", source, "an error of the server's own", started)
-        finally:
-            self._logging_in.discard(in_time)
-            if not authenticated:
-                discard_input(stream)
-                await trio.aclose_forcefully(stream if channel is None else channel)
-        if in_time.cancelled_caught:
-            self._out_of_time(entry, source, started)
-        if channel is None or not authenticated:
-            return None
-        entry.authenticated(channel.peer.principal)
-        session = LiveSession(channel, source, _expiry(channel.peer))
-        self.sessions.add(session)
-        self.telemetry.login(
-            session_id=session.number, source=source, peer=channel.peer, seconds=trio.current_time() - started
-        )
-        if self.logged_in is not None:
-            self.logged_in()
-        return session
-
-    def _out_of_time(self, entry: Entry, source: str, started: float) -> None:
-        if entry.evicted is not None:
-            self.telemetry.dropped(entry.evicted, source)
-        elif self.sessions.stopping:
-            self.telemetry.dropped("draining", source)
-        elif entry.stage is Stage.QUEUED:
-            # It has said all, and it was we who did not come to it.
-            self.telemetry.dropped("startups", source)
-        else:
-            self._refused(entry, "timeout", source, f"no login within {self.limits.handshake_timeout:g} s", started)
-
-    async def _wait_for_turn(self, stream: trio.SocketStream, entry: Entry) -> None:
-        if entry.stage is Stage.SILENT:
-            # Unread: what is not known to be worth it gets no memory and no place.
-            await trio.lowlevel.wait_readable(stream.socket)
-            entry.spoke()
-        if not entry.has_turn:
-            turn = trio.Event()
-            entry.on_turn = turn.set
-            self._somebody_waits.set()
-            await turn.wait()
+    def turns_are_wanted(self) -> None:
+        """Somebody waits to be read."""
+        self._somebody_waits.set()
 
     async def keep_turns(self) -> NoReturn:
         """Let those who sit make room for those who wait, until cancelled."""
@@ -245,128 +170,155 @@ class Service:
                 await trio.sleep(TURNS_INTERVAL)
                 self.admission.advance()
 
-    def _broken_off(
-        self, exc: trio.BrokenResourceError | AuthenticationError, entry: Entry, source: str, started: float
-    ) -> None:
-        cause = exc if isinstance(exc, AuthenticationError) else exc.__cause__
-        if isinstance(exc, trio.BrokenResourceError) and said_nothing(exc):
-            # Health checks and port scanners, by the thousand.
-            entry.failed("no_login")
-            self.telemetry.dropped("nothing_said", source)
-            return
-        left = isinstance(cause, (TruncatedError, OSError))
-        mechanism = cause.mechanism if isinstance(cause, AuthenticationError) else None
-        if isinstance(cause, AuthenticationError) and not isinstance(cause, TooManySessions):
-            entry.failed("auth", cause.principal)
-        self._refused(
-            entry,
-            None if isinstance(cause, TooManySessions) else "no_login" if left else "auth",
-            source,
-            str(exc),
-            started,
-            mechanism=mechanism,
-        )
 
-    def _channel(self, stream: trio.SocketStream, watched: LoginStream) -> TCPChannel:
-        tune(stream, self.keepalive)
-        return SSPIChannel(
+class ServiceAttempt(Attempt):
+    """One connection before its login, with its entry in the admission."""
+
+    __slots__ = ("_deadline", "_entry", "_expects_header", "_service", "_stream")
+
+    def __init__(
+        self, service: Service, stream: trio.SocketStream, entry: Entry, source: str, *, expects_header: bool
+    ) -> None:
+        super().__init__(source)
+        self._service = service
+        self._stream = stream
+        self._entry = entry
+        self._expects_header = expects_header
+        self._deadline: trio.CancelScope | None = None
+
+    def begin(self, deadline: trio.CancelScope) -> None:
+        """See `Attempt.begin`."""
+        self._deadline = deadline
+        self._entry.on_evicted = deadline.cancel
+        self._service.count_deadline(deadline)
+
+    def over(self) -> None:
+        """See `Attempt.over`."""
+        if self._deadline is not None:
+            self._service.forget_deadline(self._deadline)
+
+    async def open(self) -> TCPChannel | None:
+        """See `Attempt.open`."""
+        service, entry = self._service, self._entry
+        try:
+            await self._wait_for_turn()
+            watched = LoginStream(self._stream, entry)
+            if self._expects_header:
+                # From a health check it is None: the balancer speaks for itself.
+                told = await service.proxies.read_header(watched)
+                if told is not None:
+                    address, self.source = told
+                    entry.identify(address)
+                    await self._wait_for_turn()
+        except Dropped as exc:
+            service.telemetry.dropped(exc.cause, self.source)
+            return None
+        except ProxyError as exc:
+            service.telemetry.dropped("nothing_said" if exc.nothing_said else "proxy_header", self.source)
+            return None
+        tune(self._stream, service.keepalive)
+        channel = SSPIChannel(
             # For the handshake only, which asks no more of it.
             cast(trio.SocketStream, watched),
-            self.acceptor,
-            wire=self.wire,
-            max_message_size=self.max_message_size,
-            impersonation=self.impersonation,
-            tracer=None if self.make_tracer is None else self.make_tracer(),
+            service.acceptor,
+            tracer=None if service.make_tracer is None else service.make_tracer(),
+            **service.options.keywords(),
         )
+        # Before the last token of ours says that the password was right, and where there is none.
+        watched.before_sending = partial(self._check_principal, channel)
+        return channel
 
-    def _refused(
-        self,
-        entry: Entry,
-        kind: Literal["auth", "no_login", "timeout", "protocol"] | None,
-        source: str,
-        reason: str,
-        started: float,
-        *,
-        mechanism: str | None = None,
-    ) -> None:
-        if kind is not None:
-            entry.failed(kind)
-        self.telemetry.login_refused(
-            source=source,
-            mechanism=mechanism,
-            reason=reason,
-            seconds=trio.current_time() - started,
-            timed_out=kind == "timeout",
-        )
+    def check(self, channel: TCPChannel) -> bool:
+        """See `Attempt.check`."""
+        self._check_principal(channel)
+        channel.transport_stream = self._stream
+        return self._entry.evicted is None
 
-    # How it ended
-
-    def _finished(self, session: LiveSession) -> Outcome:
-        """The handler has returned."""
-        if session.ended_by is not None:
-            return session.ended_by
-        if session.channel.peer_left:
-            return "goodbye"
-        return "shutdown" if shutting_down().is_set() else "finished"
-
-    def _failed(self, exc: BaseException, session: LiveSession) -> End:
-        """The handler has raised."""
-        if isinstance(exc, BaseExceptionGroup) and not isinstance(exc, ExceptionGroup):
-            # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
-            errors = exc.subgroup(Exception)
-            return ("shutdown", None) if errors is None else self._failed(errors, session)
-        if not isinstance(exc, Exception):
-            return "shutdown", None
-        if (forged := tampering(exc)) is not None:
-            # Also beside a bug: else whoever tampers needs only to meet one.
-            self.telemetry.unseal_failure()
-        closed = session.ended_by is not None
-        if (refused := impersonation_refused(exc, closed=closed)) is not None:
-            # A line missing in a map, and no bug.
-            log.warning("%s: %s: cannot be impersonated: %s", session.source, session.channel.peer, refused)
-            return "handler_error", type(refused).__name__
-        end = connection_end(exc, closed=closed)
-        if end is None:
-            log.error("%s: %s: the handler failed", session.source, session.channel.peer, exc_info=exc)
-            return "handler_error", type(exc).__name__
-        if forged is not None:
-            return "lost", str(forged)
-        if isinstance(end.__cause__, TicketExpiredError):
-            # Found out by the handler before the watch over all sessions came to it.
-            return "expired", None
-        if closed or isinstance(end, trio.EndOfChannel):
-            return self._finished(session), None
-        if is_ordinary_end(end):
-            return "peer_closed", None
-        return "lost", str(end)
-
-    async def _close(self, session: LiveSession, outcome: Outcome, error: str | None) -> None:
-        """Close the channel, in peace where there is, and tell."""
-        try:
-            await session.channel.aclose()
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the connection is over
-            error = error or f"while closing: {exc}"
-        finally:
-            self.sessions.remove(session)
-            traffic = session.channel.traffic
-            self.telemetry.session_ended(
-                SessionEnd(
-                    session_id=session.number,
-                    source=session.source,
-                    peer=session.channel.peer,
-                    outcome=outcome,
-                    error=error,
-                    messages_received=traffic.messages_received,
-                    messages_sent=traffic.messages_sent,
-                    bytes_received=traffic.bytes_received,
-                    bytes_sent=traffic.bytes_sent,
-                    seconds=trio.current_time() - session.since,
-                )
-            )
-
-
-def _expiry(peer: PeerIdentity) -> float | None:
-    """When the peer's ticket ends, on Trio's clock."""
-    if peer.expires_at is None:
+    def out_of_time(self, timeout: float) -> LoginFailure | None:
+        """See `Attempt.out_of_time`."""
+        dropped = self._service.telemetry.dropped
+        if self._entry.evicted is not None:
+            dropped(self._entry.evicted, self.source)
+        elif self._service.sessions.stopping:
+            dropped("draining", self.source)
+        elif self._entry.stage is Stage.QUEUED:
+            # It has said all, and it was we who did not come to it.
+            dropped("startups", self.source)
+        else:
+            return super().out_of_time(timeout)
         return None
-    return trio.current_time() + (peer.expires_at - datetime.now(UTC)).total_seconds()
+
+    def failed(self, failure: LoginFailure) -> None:
+        """See `Attempt.failed`."""
+        if failure.kind == "nothing_said":
+            # Health checks and port scanners, by the thousand.
+            self._entry.failed("no_login")
+            self._service.telemetry.dropped("nothing_said", self.source)
+            return
+        error = failure.error
+        if not isinstance(error, TooManySessions):
+            self._entry.failed(_PENALTIES[failure.kind], None if error is None else error.principal)
+        self._service.telemetry.login_refused(
+            source=self.source,
+            mechanism=None if error is None else error.mechanism,
+            reason=failure.reason,
+            seconds=self.seconds,
+            timed_out=failure.kind == "timeout",
+        )
+
+    def logged_in(self, channel: TCPChannel) -> WatchedSession:
+        """See `Attempt.logged_in`."""
+        service = self._service
+        self._entry.authenticated(channel.peer.principal)
+        session = WatchedSession(channel, self.source, ticket_end(channel.peer), self._entry.close)
+        service.sessions.add(session)
+        service.telemetry.login(session_id=session.number, source=self.source, peer=channel.peer, seconds=self.seconds)
+        if service.logged_in is not None:
+            service.logged_in()
+        return session
+
+    def leave(self) -> None:
+        """See `Attempt.leave`."""
+        self._entry.close()
+
+    async def _wait_for_turn(self) -> None:
+        entry = self._entry
+        if entry.stage is Stage.SILENT:
+            # Unread: what is not known to be worth it gets no memory and no place.
+            await trio.lowlevel.wait_readable(self._stream.socket)
+            entry.spoke()
+        if not entry.has_turn:
+            turn = trio.Event()
+            entry.on_turn = turn.set
+            self._service.turns_are_wanted()
+            await turn.wait()
+
+    def _check_principal(self, channel: TCPChannel) -> None:
+        """See that whoever has logged in may be let in; before that, nothing happens.
+
+        Raises:
+          AuthenticationError: they may not.
+        """
+        try:
+            peer = channel.peer
+        except trio.NeedHandshakeError:
+            return
+        why = self._entry.check_principal(peer.principal, guessable=peer.mechanism == "ntlm")
+        who = printable(peer.principal)
+        if why == "failures":
+            # Not counted as one more: it is none.
+            raise AuthenticationError(
+                f"too many logins of {who} have failed, and nobody has logged in as it from there before",
+                mechanism=peer.mechanism,
+            )
+        if why == "sessions":
+            raise TooManySessions(f"{who} has as many sessions as may be", mechanism=peer.mechanism)
+
+
+# What a failed login counts for in the admission, see `PenaltyPolicy`.
+_PENALTIES: Final[dict[str, Literal["auth", "no_login", "timeout", "protocol"]]] = {
+    "left": "no_login",
+    "refused": "auth",
+    "timeout": "timeout",
+    "error": "protocol",
+}

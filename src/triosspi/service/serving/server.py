@@ -17,7 +17,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ from typing import Final
 import trio
 
 from ..._errors import ConfigurationError
-from ...channel import Impersonator
+from ...channel import ChannelOptions, Impersonator
 from ...security.credentials import Acceptor
 from ...session import Tracer
 from ...tcp import Handler, accept_forever
@@ -119,11 +119,13 @@ class Server:
         live = loaded.live
         sessions = Sessions(lambda: self._service.limits, telemetry.traffic)
         self._service = Service(
-            handler=handler,
+            handler,
             acceptor=loaded.acceptor,
-            impersonation=loaded.impersonation,
-            wire=WireFormat(start.serve.wire),
-            max_message_size=start.serve.max_message_size,
+            options=ChannelOptions(
+                wire=WireFormat(start.serve.wire),
+                max_message_size=start.serve.max_message_size,
+                impersonation=loaded.impersonation,
+            ),
             limits=live.limits,
             keepalive=live.connections.keepalive,
             proxies=ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix),
@@ -273,7 +275,8 @@ class Server:
         # What may fail comes first: all of it is taken over, or nothing.
         proxies = ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix)
         configure_logs(live.log.log_level, live.log.log_format)
-        service.acceptor, service.impersonation = loaded.acceptor, loaded.impersonation
+        service.acceptor = loaded.acceptor
+        service.options = replace(service.options, impersonation=loaded.impersonation)
         service.limits = live.limits
         service.admission.reconfigure(live.limits)
         service.keepalive = live.connections.keepalive

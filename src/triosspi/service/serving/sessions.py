@@ -18,29 +18,15 @@ import itertools
 import logging
 import math
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 import trio
 
 from ...security.identity import Traffic
-from ...tcp import NOTICE, TCPChannel
+from ...tcp import NOTICE, LiveSession, Outcome, TCPChannel
 from ..config.settings import Limits
 
 log = logging.getLogger("triosspi.server")
-
-Outcome = Literal[
-    "goodbye",
-    "peer_closed",
-    "finished",
-    "lost",
-    "handler_error",
-    "idle",
-    "expired",
-    "age",
-    "bytes",
-    "messages",
-    "shutdown",
-]
 
 #: Seconds between two looks at a session.
 WATCH_INTERVAL: Final = 2.0
@@ -53,34 +39,34 @@ _NOTHING: Final = Traffic(0, 0, 0, 0)
 _numbers = itertools.count(1)
 
 
-class LiveSession:
-    """One peer that has logged in.
+class WatchedSession(LiveSession):
+    """One peer that has logged in, under the limits.
 
     Args:
       channel: its channel.
       source: where it connects from, for people.
       expires: when its ticket ends, on Trio's clock; None if it has none.
+      leave: called when it is over.
 
     Attributes:
       number: unique in this process.
-      channel: see above.
-      source: see above.
       since: when it logged in, on Trio's clock.
-      ended_by: why the server has ended it, if it has.
+      leave: see above.
       scope: its handler runs in it.
     """
 
-    # An idle connection is this, too.
-    __slots__ = ("_due", "_expires", "_messages", "_moved", "channel", "ended_by", "number", "scope", "since", "source")
+    __slots__ = ("_due", "_messages", "_moved", "leave", "number", "since")
 
-    def __init__(self, channel: TCPChannel, source: str, expires: float | None) -> None:
+    scope: trio.CancelScope
+
+    def __init__(
+        self, channel: TCPChannel, source: str, expires: float | None, leave: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(channel, source, expires)
         self.number = next(_numbers)
-        self.channel = channel
-        self.source = source
         self.since = trio.current_time()
-        self.ended_by: Outcome | None = None
+        self.leave = leave
         self.scope = trio.CancelScope()
-        self._expires = expires
         # Once it is ended: when its handler is given no more time.
         self._due = math.inf
         # How many messages had gone over the channel when it was last looked at, and when one more had.
@@ -115,7 +101,7 @@ class LiveSession:
             self._due = math.inf
 
     def _overdue(self, now: float, limits: Limits, traffic: Traffic) -> Outcome | None:
-        if self._expires is not None and now >= self._expires:
+        if self.expires is not None and now >= self.expires:
             return "expired"
         if limits.idle_timeout is not None and now - self._moved >= limits.idle_timeout:
             return "idle"
@@ -146,7 +132,7 @@ class Sessions:
     def __init__(self, limits: Callable[[], Limits], traffic: Callable[[Traffic], None]) -> None:
         self._limits = limits
         self._traffic = traffic
-        self._live: set[LiveSession] = set()
+        self._live: set[WatchedSession] = set()
         # What has gone over channels that are no more, and what of all traffic was told.
         self._ended = self._told = _NOTHING
         self.stopping = False
@@ -154,13 +140,13 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._live)
 
-    def add(self, session: LiveSession) -> None:
+    def add(self, session: WatchedSession) -> None:
         """It has logged in."""
         self._live.add(session)
         if self.stopping:
             session.channel.stop_receiving()
 
-    def remove(self, session: LiveSession) -> None:
+    def remove(self, session: WatchedSession) -> None:
         """Its handler has ended."""
         self._live.remove(session)
         self._ended = _sum(self._ended, session.channel.traffic)
@@ -214,7 +200,7 @@ def _sum(*traffics: Traffic) -> Traffic:
     return Traffic(*map(sum, zip(*traffics, strict=True)))
 
 
-async def _end(session: LiveSession) -> None:
+async def _end(session: WatchedSession) -> None:
     log.info("%s: %s: ended: %s", session.source, session.channel.peer, session.ended_by)
     try:
         await session.channel.aclose()
