@@ -31,7 +31,7 @@ from ..security.identity import ContextSizes, PeerIdentity, Traffic
 from ..session import Session, Tracer
 from .farewell import LOST, part
 from .options import ChannelKeywords, ChannelOptions, takes_channel_options
-from .states import BECOMES, State
+from .states import BECOMES, BROKEN, CLOSED, HANDSHAKE, NEW, OPEN, STOPPED, State
 
 log = logging.getLogger("triosspi.impersonation")
 
@@ -121,9 +121,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         self._impersonation = chosen.impersonation
         # Whether an NTLM login that was meant for another service is let in.
         self._relayable = isinstance(credential, Acceptor) and credential.require_target != "require"
-        self._state = State.NEW
+        self._state: State = NEW
         # What a handshake that succeeds makes of it.
-        self._leads_to = State.OPEN
+        self._leads_to: State = OPEN
         # Why it is BROKEN.
         self._cause: BaseException | None = None
         # During HANDSHAKE, what other tasks wait for.
@@ -192,12 +192,12 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
 
     @property
     def _stopped(self) -> bool:
-        return self._state is State.STOPPED
+        return self._state is STOPPED
 
     def _check_usable(self) -> None:
-        if self._state is State.CLOSED:
+        if self._state is CLOSED:
             raise trio.ClosedResourceError("this SSPIChannel is closed")
-        if self._state is State.BROKEN:
+        if self._state is BROKEN:
             raise trio.BrokenResourceError(str(self._cause) or type(self._cause).__name__) from self._cause
 
     def _check_receiving(self) -> None:
@@ -211,9 +211,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         Args:
           exc: the cause, which every later use tells.
         """
-        if self._state is State.BROKEN or self._state is State.CLOSED:
+        if self._state is BROKEN or self._state is CLOSED:
             return
-        self._become(State.BROKEN)
+        self._become(BROKEN)
         self._cause = exc
         if isinstance(exc, trio.BrokenResourceError):
             # The stream's own error says only that; what it was is behind it. And an acceptor that
@@ -254,11 +254,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         await self._ensure_handshake(checkpoint=True)
 
     async def _ensure_handshake(self, *, checkpoint: bool) -> None:
-        if self._state is State.HANDSHAKE:
+        if self._state is HANDSHAKE:
             assert self._handshake_over is not None
             await self._handshake_over.wait()
-        elif self._state is State.NEW:
-            self._become(State.HANDSHAKE)
+        elif self._state is NEW:
+            self._become(HANDSHAKE)
             self._handshake_over = trio.Event()
             try:
                 await self._handshake()
@@ -336,12 +336,12 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             raise trio.BusyResourceError("another task is sending on this SSPIChannel")
         self._sending = True
         try:
-            if self._state is not State.OPEN:
+            if self._state is not OPEN:
                 self._check_usable()
                 await self._ensure_handshake(checkpoint=False)
             # Here a cancellation costs nothing yet.
             await trio.lowlevel.checkpoint_if_cancelled()
-            if self._state is not State.OPEN:
+            if self._state is not OPEN:
                 self._check_usable()
             session = self._session
             if session.peer_left:
@@ -363,7 +363,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 raise
         finally:
             self._sending = False
-            if self._stopped or self._state is State.BROKEN:
+            if self._stopped or self._state is BROKEN:
                 # It waits for what nobody will take any more.
                 self._wake_receiver()
 
@@ -414,7 +414,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             raise trio.BusyResourceError(_RECEIVING)
         self._receiving = True
         try:
-            if self._state is not State.OPEN:
+            if self._state is not OPEN:
                 self._check_usable()
                 await self._ensure_handshake(checkpoint=False)
                 if self._stopped:
@@ -435,7 +435,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                     return messages
                 while not session.receive_ended:
                     session.receive_data(await self.transport_stream.receive_some())
-                    if self._state is not State.OPEN:
+                    if self._state is not OPEN:
                         # Closed meanwhile? Then the peer's end is not ours to tell.
                         self._check_receiving()
                     if messages := session.next_messages():
@@ -462,9 +462,9 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         May be called at any time, and again. A task that waits for a message wakes at once over a
         socket; over any other stream only when the peer sends something.
         """
-        self._leads_to = State.STOPPED
-        if self._state is State.OPEN:
-            self._become(State.STOPPED)
+        self._leads_to = STOPPED
+        if self._state is OPEN:
+            self._become(STOPPED)
             self._left = _NOTHING
             self._wake_receiver()
 
@@ -529,11 +529,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         what the peer still sends is read and dropped until its end. When this is cancelled, or another task is sending
         meanwhile, the transport is closed at once. Always leaves everything closed.
         """
-        if self._state is State.CLOSED:
+        if self._state is CLOSED:
             await trio.lowlevel.checkpoint()
             return
-        polite = self._state in (State.OPEN, State.STOPPED) and not self._sending
-        self._become(State.CLOSED)
+        polite = self._state in (OPEN, STOPPED) and not self._sending
+        self._become(CLOSED)
         # Its traceback leads back here: a cycle, which only the garbage collector would find.
         self._cause = None
         self._left = _NOTHING

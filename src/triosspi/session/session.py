@@ -85,11 +85,13 @@ class Session:
         "_error",
         "_hearing",
         "_ours",
+        "_proved",
         "_rounds",
+        "_said_all",
+        "_sample",
         "_theirs",
         "_tracer",
         "_unread",
-        "_wire",
         "receive_ended",
     )
 
@@ -104,14 +106,16 @@ class Session:
         check_max_message_size(max_message_size)
         self._context: SecurityContext = credential.new_context(_DEMANDED[wire])
         self._codec = make_codec(wire, max_message_size)
-        self._wire = wire
+        self._sample = wire is WireFormat.SAMPLE
         self._tracer = tracer
         # The codec again, where the sealer handles whole batches of its frames.
         self._batches: FramedCodec | None = None
         self._rounds = 0
         self._ours = Ours.HANDSHAKE
         self._theirs = Theirs.HANDSHAKE
-        # Derived from `_theirs`, by `_hear` alone: every message asks them.
+        # Derived from these, by `_say` and `_hear` alone: every message asks them, and a member of an enum is slow to get.
+        self._said_all = False
+        self._proved = False
         self._hearing = False
         self.receive_ended = False
         # Why it is FAILED or UNHEARD; it comes behind the messages already opened.
@@ -122,10 +126,12 @@ class Session:
     def _say(self, state: Ours) -> None:
         assert state in OURS_BECOMES[self._ours], f"{self._ours} cannot become {state}"
         self._ours = state
+        self._said_all = state is Ours.SAID_ALL
 
     def _hear(self, state: Theirs) -> None:
         assert state in THEIRS_BECOMES[self._theirs], f"{self._theirs} cannot become {state}"
         self._theirs = state
+        self._proved = state in PROVED
         self._hearing = state in HEARING
         self.receive_ended = state in OVER
 
@@ -171,7 +177,7 @@ class Session:
         A login alone may have been relayed by somebody who has no key. In the sample's format, where the
         initiator says nothing, an acceptor never knows.
         """
-        return self._theirs in PROVED
+        return self._proved
 
     @property
     def native(self) -> object | None:
@@ -187,7 +193,7 @@ class Session:
         """
         if not self.accepts:
             raise LocalProtocolError("only an acceptor can impersonate its peer")
-        if not self.peer_proved and self._wire is not WireFormat.SAMPLE:
+        if not self.peer_proved and not self._sample:
             raise LocalProtocolError("the peer has not proved its key: receive its first message, then impersonate it")
         self._context.check_alive()
 
@@ -235,9 +241,8 @@ class Session:
             if isinstance(self._codec, FramedCodec) and self._context.frame_sealer is not None:
                 self._batches = self._codec
             # In the sample's format only the acceptor speaks.
-            sample = self._wire is WireFormat.SAMPLE
-            self._say(Ours.SAID_ALL if sample and not self.accepts else Ours.MESSAGES)
-            if sample and self.accepts:
+            self._say(Ours.SAID_ALL if self._sample and not self.accepts else Ours.MESSAGES)
+            if self._sample and self.accepts:
                 self._hear(Theirs.MUTE)
             else:
                 self._hear(Theirs.UNPROVEN if answer or self.accepts else Theirs.PROVEN)
@@ -251,10 +256,10 @@ class Session:
         Raises:
           LocalProtocolError: one of them cannot be sent.
         """
-        if self._ours is Ours.SAID_ALL:
+        if self._said_all:
             raise LocalProtocolError("nothing more can be sent: the sample's format has one message, the acceptor's")
         self._codec.check_messages(messages)
-        if self._wire is WireFormat.SAMPLE and len(messages) > 1:
+        if self._sample and len(messages) > 1:
             raise LocalProtocolError("the sample's format has one message only")
 
     def seal(self, messages: Sequence[bytes]) -> bytes:
@@ -275,7 +280,7 @@ class Session:
         Raises:
           UnsealError: the context is of no use any more.
         """
-        if self._wire is WireFormat.SAMPLE:
+        if self._sample:
             self._say(Ours.SAID_ALL)
         self._context.check_alive()
         if self._batches is not None and self._tracer is None:
@@ -311,6 +316,8 @@ class Session:
             self._unread = self._codec.ended
             if messages := self._open_records():
                 return messages
+        if self._hearing:
+            return []
         if self._theirs is Theirs.LEAVING:
             self._hear(Theirs.ENDED)
         elif self._error is not None:
@@ -336,12 +343,12 @@ class Session:
             goodbye = not messages[-1] and self._codec.has_goodbye
             if goodbye:
                 messages.pop()
-            if goodbye or self._wire is WireFormat.SAMPLE:
+            if goodbye or self._sample:
                 # What follows is discarded, never parsed.
                 self._codec.discard()
                 self._hear(Theirs.LEAVING)
                 return messages
-            if self._theirs is Theirs.UNPROVEN:
+            if not self._proved:
                 self._hear(Theirs.PROVEN)
         if error is not None:
             unexplained = isinstance(error, TruncatedError)
