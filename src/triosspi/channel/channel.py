@@ -30,6 +30,7 @@ from ..security.credentials import Acceptor, Initiator
 from ..security.identity import ContextSizes, PeerIdentity, Traffic
 from ..session import Session, Tracer
 from .farewell import LOST, part
+from .handshake import shake_hands
 from .options import ChannelKeywords, ChannelOptions, takes_channel_options
 from .states import BECOMES, BROKEN, CLOSED, HANDSHAKE, NEW, OPEN, STOPPED, State
 
@@ -43,23 +44,6 @@ _RECEIVING: Final = "another task is receiving on this SSPIChannel"
 StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-
-_turn: Final[trio.lowlevel.RunVar[trio.Lock]] = trio.lowlevel.RunVar("triosspi login turn")
-
-
-def _login_turn() -> trio.Lock:
-    """One step of one login for each turn of the event loop.
-
-    A step takes a quarter of a millisecond. A hundred that arrive together would all be taken in one turn,
-    and whoever is logged in already would wait for all of them.
-    """
-    try:
-        return _turn.get()
-    except LookupError:
-        lock = trio.Lock()
-        _turn.set(lock)
-        return lock
 
 
 class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
@@ -261,7 +245,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             self._become(HANDSHAKE)
             self._handshake_over = trio.Event()
             try:
-                await self._handshake()
+                await shake_hands(self._session, self.transport_stream, self._run_blocking)
                 # Somebody may have closed it meanwhile, or given it up.
                 self._check_usable()
                 self._become(self._leads_to)
@@ -278,34 +262,6 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         elif checkpoint:
             await trio.lowlevel.checkpoint()
         self._check_usable()
-
-    async def _handshake(self) -> None:
-        session = self._session
-        token = await self._receive_token() if session.accepts else None
-        while True:
-            if session.may_block:
-                data = await self._run_blocking(session.step, token)
-                if not isinstance(data, bytes):
-                    # Else the handshake would wait for the answer to a token that was never sent.
-                    raise TypeError(f"run_blocking must return what the step returns, not {type(data).__name__}")
-            elif session.accepts:
-                async with _login_turn():
-                    data = session.step(token)
-            else:
-                data = session.step(token)
-            if data:
-                await self.transport_stream.send_all(data)
-            if session.established:
-                break
-            token = await self._receive_token()
-        if not data:
-            await trio.lowlevel.checkpoint()
-
-    async def _receive_token(self) -> bytes:
-        session = self._session
-        while (token := session.next_token()) is None:
-            session.receive_data(await self.transport_stream.receive_some())
-        return token
 
     # Sending
 
