@@ -5,9 +5,9 @@
 #   admit      may the connection be here at all
 #   open       what stands before the first token on the wire: a PROXY header, TLS, which wire format; then the channel
 #   handshake  the channel's own
-#   check      may whoever has logged in be here
+#   check      may the peer that has logged in be here
 #   handler    the application, in the session's cancel scope where something may end it from outside
-#   close      goodbye, FIN, the peer's last bytes; or, for whoever has not logged in, at once
+#   close      goodbye, FIN, the peer's last bytes; or, without a login, at once
 #
 # What must hold for each of thousands of them, for days:
 #
@@ -86,7 +86,7 @@ class Attempt:
         """
         raise NotImplementedError
 
-    def check(self, channel: TCPChannel) -> bool:  # noqa: ARG002 - for whom it is a hook
+    def check(self, channel: TCPChannel) -> bool:  # noqa: ARG002 - a subclass looks at it
         """The peer has shown who it is: may it be here?
 
         Returns:
@@ -188,26 +188,32 @@ class ConnectionServer(Generic[ArrivedT]):
         Returns:
           Whether the peer logged in, and so the handler was called.
         """
-        attempt = self.admit(arrived)
-        if attempt is None:
-            await _drop(arrived, arrived)
-            return False
-        session = await self._log_in(arrived, attempt)
-        # It waits for days from here on.
-        del attempt
-        if session is None:
-            return False
-        end = End("shutdown")
         try:
-            with session.scope or _NO_SCOPE:
-                await self.handler(session.channel)
-            end = End(self._finished(session))
-        except BaseException as exc:
-            end = self._failed(exc, session)
-            if not isinstance(exc, Exception):
-                raise
-        finally:
-            await self._close(session, end)
+            attempt = self.admit(arrived)
+            if attempt is None:
+                await _drop(arrived, arrived)
+                return False
+            session = await self._log_in(arrived, attempt)
+            # It waits for days from here on.
+            del attempt
+            if session is None:
+                return False
+            end = End("shutdown")
+            try:
+                with session.scope or _NO_SCOPE:
+                    await self.handler(session.channel)
+                end = End(self._finished(session))
+            except BaseException as exc:
+                end = self._failed(exc, session)
+                if not isinstance(exc, Exception):
+                    raise
+            finally:
+                await self._close(session, end)
+        except Exception:
+            # A hook's. It is one connection that has met a bug of ours, and not the end of all.
+            log.exception("a connection was given up for an error of the server's own")
+            await trio.aclose_forcefully(arrived)
+            return False
         return True
 
     async def _log_in(self, arrived: ArrivedT, attempt: Attempt) -> LiveSession | None:
@@ -283,7 +289,7 @@ class ConnectionServer(Generic[ArrivedT]):
             return End("expired")
         if closed or isinstance(end, trio.EndOfChannel):
             outcome = self._finished(session)
-            # Whoever raises that has heard it from somebody.
+            # A handler that raises EndOfChannel by itself says that the peer has left.
             return End("peer_closed" if outcome == "finished" else outcome)
         if is_ordinary_end(end):
             return End("peer_closed")
