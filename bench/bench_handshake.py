@@ -29,7 +29,7 @@ from measure import describe, interleaved, machine, versions
 from realm import kerberos
 from triosspi import Acceptor, AccountFile, Initiator
 from triosspi.security.context import SecurityContext
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 
 PASSWORD = "correct horse battery staple"
 HASH_LINE = "{}:65534:" + "0" * 32 + ":{}:[U          ]:LCT-65000000\n"

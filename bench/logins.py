@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from cryptography.hazmat.decrepit.ciphers.algorithms import ARC4
 from cryptography.hazmat.primitives.ciphers import Cipher
 
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 
 DOMAIN, USER = "DOM", "alice"
 #: Signing, sealing, extended session security, target information, version, key exchange, 128 and 56 bits.

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from triosspi import Acceptor, AccountFile, Initiator
-from triosspi.security import pyspnego_compat
-from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm import accounts, primitives, verification
 from triosspi.security.ntlm.accounts import AccountTable
 
 # What a program holds itself: of these, reporters show the repr.
@@ -87,17 +86,15 @@ class Secrets:
         self.raw: set[bytes] = set()
         self.texts = set(passwords)
         for password in passwords:
-            self.raw |= {password.encode("utf-16-le"), pyspnego_compat.nt_hash(password)}
+            self.raw |= {password.encode("utf-16-le"), primitives.nt_hash(password)}
         for module, name in (
-            (ntlm, "ntowf_v2"),
-            (ntlm, "hmac_md5"),
-            (pyspnego_compat, "rc4k"),
-            (pyspnego_compat, "nt_hash"),
+            (verification, "ntowf_v2"),
+            (verification, "hmac_md5"),
+            (verification, "rc4k"),
+            (accounts, "nt_hash"),
+            (primitives, "nt_hash"),
         ):
             monkeypatch.setattr(module, name, self._recording(getattr(module, name)))
-        from triosspi.security import credentials
-
-        monkeypatch.setattr(credentials, "rc4k", self._recording(credentials.rc4k))
         from spnego import _ntlm
 
         for name in ("ntowfv2", "kxkey", "rc4k", "hmac_md5"):

@@ -15,7 +15,7 @@ import trio.testing
 import triosspi
 from triosspi import Acceptor, Account, Initiator, WireFormat
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.session.session import Session
 
 PASSWORD = "correct horse"

@@ -15,7 +15,7 @@ import spnego
 
 from programs import PATIENCE, environment
 from triosspi import AccountFile, ConfigurationError
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.service import account_editor
 from triosspi.service.account_editor import add, edit, hash_clear, import_clear, remove, set_enabled
 

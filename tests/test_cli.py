@@ -23,7 +23,7 @@ import trio
 import triosspi
 from programs import MODULE, PATIENCE, SCRIPT, Running, run, running, stop_at_once, terminal
 from triosspi import AccountFile, Initiator, open_sspi_over_tcp_channel
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.service import account_editor, cli
 
 USER = "DOM\\alice"

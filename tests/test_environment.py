@@ -15,8 +15,8 @@ from harness import PASSWORD, make_acceptor, make_initiator
 from peers.kerberos import Kdc
 from triosspi import Acceptor, AuthenticationError, Initiator
 from triosspi.security.kerberos import tickets as kerberos
-from triosspi.security.ntlm import verification as ntlm
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm import messages
+from triosspi.security.ntlm.primitives import nt_hash
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "environment.md"
 _WEAK = 0x00000080  # NTLMSSP_NEGOTIATE_LM_KEY
@@ -32,9 +32,9 @@ def flags_of(negotiate: bytes) -> int:
 def test_the_client_speaks_ntlmv2_whatever_the_environment_says(
     monkeypatch: pytest.MonkeyPatch, level: str, raw: bool
 ) -> None:
-    seen: list[ntlm.Authenticate] = []
-    read = ntlm.read_authenticate
-    monkeypatch.setattr(ntlm, "read_authenticate", lambda raw: seen.append(read(raw)) or read(raw))  # type: ignore[func-returns-value]
+    seen: list[messages.Authenticate] = []
+    read = messages.read_authenticate
+    monkeypatch.setattr(messages, "read_authenticate", lambda raw: seen.append(read(raw)) or read(raw))  # type: ignore[func-returns-value]
     monkeypatch.setenv("LM_COMPAT_LEVEL", level)
     client, server = make_initiator(raw=raw).new_context(), make_acceptor().new_context()
     first = token = client.step(None)
@@ -44,7 +44,7 @@ def test_the_client_speaks_ntlmv2_whatever_the_environment_says(
     assert server.established
     assert client.established
     assert os.environ["LM_COMPAT_LEVEL"] == level
-    assert flags_of(first) & ntlm.NEGOTIATE_EXTENDED_SESSIONSECURITY
+    assert flags_of(first) & messages.NEGOTIATE_EXTENDED_SESSIONSECURITY
     assert not flags_of(first) & _WEAK
     (message,) = seen
     assert len(message.nt_response) > 24

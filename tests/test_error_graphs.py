@@ -42,7 +42,7 @@ from triosspi import (
 )
 from triosspi.security.context import SecurityContext
 from triosspi.security.ntlm.accounts import AccountTable, parse, parse_line
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.security.sealers import ProxySealer
 from triosspi.service import account_editor
 from triosspi.service.cli.passwords import read_clear, read_password_file

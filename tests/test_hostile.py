@@ -17,9 +17,10 @@ from forge import OID_NTLM, SIGNATURE, Client, hmac_md5, mech_list, neg_token_in
 from framing_oracle import FrameScanner as OracleScanner
 from triosspi import Acceptor, Account, AuthenticationError, RemoteProtocolError, WireFormat
 from triosspi._framing import FrameScanner, LengthError
-from triosspi.security.ntlm import verification as ntlm
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.security.pyspnego_compat import nt_hash, rc4k
+from triosspi.security.ntlm.messages import read_authenticate, read_av_pairs
+from triosspi.security.ntlm.primitives import nt_hash
+from triosspi.security.ntlm.verification import NTLMPolicy, verify
 from triosspi.session.session import Session
 
 MUTANTS = 20_000
@@ -150,13 +151,13 @@ def test_no_signed_byte_of_an_authenticate_can_be_changed_even_without_a_mic() -
     client.negotiate()
     challenge = _challenge()
     good = client.authenticate(challenge)
-    policy = ntlm.NTLMPolicy(require_mic=False)
+    policy = NTLMPolicy(require_mic=False)
     account = Account("DOM", "alice", nt_hash("secret"))
 
     def accepts(raw: bytes) -> bool:
         try:
-            message = ntlm.read_authenticate(raw)
-            ntlm.verify(message, account, policy, negotiate=b"", challenge=challenge, rc4k=rc4k)
+            message = read_authenticate(raw)
+            verify(message, account, policy, negotiate=b"", challenge=challenge)
         except AuthenticationError:
             return False
         return True
@@ -233,7 +234,7 @@ AV_PAIRS = {
 @pytest.mark.parametrize("pairs", AV_PAIRS.values(), ids=AV_PAIRS)
 def test_the_reader_refuses_av_pairs_with(pairs: bytes) -> None:
     with pytest.raises(AuthenticationError, match="AV pair"):
-        ntlm.read_av_pairs(bytes(28) + pairs)
+        read_av_pairs(bytes(28) + pairs)
 
 
 def test_a_signed_blob_without_a_target_name_or_any_pair_is_a_login() -> None:
@@ -245,10 +246,10 @@ def test_a_signed_blob_without_a_target_name_or_any_pair_is_a_login() -> None:
     client.nt_response = proof + blob
     client.encrypted_session_key = rc4(hmac_md5(key, proof), bytes(16))
     client.negotiate()
-    message = ntlm.read_authenticate(client.authenticate(_challenge()))
-    policy = ntlm.NTLMPolicy(require_mic=False)
+    message = read_authenticate(client.authenticate(_challenge()))
+    policy = NTLMPolicy(require_mic=False)
     account = Account("DOM", "alice", nt_hash("secret"))
-    login = ntlm.verify(message, account, policy, negotiate=b"", challenge=_challenge(), rc4k=rc4k)
+    login = verify(message, account, policy, negotiate=b"", challenge=_challenge())
     assert login.session_key == bytes(16)
 
 

@@ -31,9 +31,9 @@ from triosspi import (
     WireFormat,
     serve_sspi_over_tcp,
 )
-from triosspi.security.ntlm import verification as ntlm
+from triosspi.security.ntlm import messages
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 
 MESSAGE = b"This is your server speaking"
 KERBEROS_FIRST = "mit-spnego-kerberos-first"
@@ -477,10 +477,10 @@ async def test_peer_is_as_different_as_the_harness_says(peer: PeerKind) -> None:
     # MIT's own AP-REQ, KRB5's OID and the token's id 01 00, where it guesses that Kerberos it will be.
     assert (b"\x06\x09\x2a\x86\x48\x86\xf7\x12\x01\x02\x02\x01\x00" in first) is (peer.optimistic == "kerberos")
     raw = next(token[token.index(NTLMSSP) :] for token in recorder.tokens if NTLMSSP + b"\3" in token)
-    message = ntlm.read_authenticate(raw)
-    assert bool(message.flags & ntlm.NEGOTIATE_SEAL) is peer.sets_seal
+    message = messages.read_authenticate(raw)
+    assert bool(message.flags & messages.NEGOTIATE_SEAL) is peer.sets_seal
     blob = message.nt_response[16:]
-    assert ntlm.promises_mic(ntlm.read_av_pairs(blob)) is peer.sends_mic
+    assert messages.promises_mic(messages.read_av_pairs(blob)) is peer.sends_mic
     assert end_of_av_pairs(blob) in (b"", bytes(4))
     assert (end_of_av_pairs(blob) == bytes(4)) is peer.blob_tail
     assert {kind.eszett for kind in NTLM_PEERS} == {"SS", "ß"}

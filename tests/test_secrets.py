@@ -15,9 +15,8 @@ import trio.testing
 
 from forge import Client, nt_hash, response_token
 from triosspi import Acceptor, AccountFile, AuthenticationError, Initiator, SSPIChannel, WireFormat
-from triosspi.security.ntlm import verification as ntlm
-from triosspi.security.ntlm.verification import NTLMPolicy
-from triosspi.security.pyspnego_compat import rc4k
+from triosspi.security.ntlm.messages import read_authenticate
+from triosspi.security.ntlm.verification import NTLMPolicy, verify
 from triosspi.service.demo import DemoAccount
 from triosspi.session.session import Session
 
@@ -119,16 +118,15 @@ async def test_no_repr_shows_a_secret(account_file: Path) -> None:
     session = Session(Acceptor(accounts=AccountFile(account_file)), WireFormat.FRAMED)
     message = talk.negotiate()
     challenge = say(session, message)
-    authenticate = ntlm.read_authenticate(talk.authenticate(challenge))
+    authenticate = read_authenticate(talk.authenticate(challenge))
     accounts = AccountFile(account_file)
     account = accounts.lookup("DOM", "alice")
-    login = ntlm.verify(
+    login = verify(
         authenticate,
         account,
         NTLMPolicy(require_mic=False),
         negotiate=message,
         challenge=response_token(challenge),
-        rc4k=rc4k,
     )
     assert login.session_key == SESSION_KEY
     for thing in (

@@ -52,8 +52,7 @@ from triosspi import (
     serve_sspi_over_tcp,
 )
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.security.ntlm.verification import channel_bindings_hash
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import channel_bindings_hash, nt_hash
 from triosspi.session.session import Session
 
 BINDINGS = b"tls-server-end-point:" + bytes(32)

@@ -22,7 +22,7 @@ import trio.testing
 from harness import PASSWORD, SERVER_MESSAGE, make_acceptor, make_initiator, reset_at_close, reset_connection
 from triosspi import Acceptor, Account, ConfigurationError, SSPIChannel, WireFormat, open_sspi_over_tcp_channel
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.security.pyspnego_compat import nt_hash
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.service import shutting_down
 from triosspi.service.apps import Greet, echo
 from triosspi.service.config.settings import Connections, Limits, Listen, Serve, Settings, Stopping

@@ -19,8 +19,10 @@ from .context import SecurityContext, first_token_kind
 from .identity import ContextFlag
 from .kerberos import tickets as kerberos
 from .names import simple_upper
+from .ntlm import messages
 from .ntlm import verification as ntlm
 from .ntlm.accounts import AccountSource
+from .ntlm.primitives import channel_bindings_hash
 from .policy import AcceptorPolicy, check_initiator
 from .pyspnego_compat import (
     MECHANISMS,
@@ -29,7 +31,6 @@ from .pyspnego_compat import (
     InitiatorNegotiate,
     Proxy,
     ntlm_without_environment,
-    rc4k,
     reset_crypto,
 )
 from .rules import Rule
@@ -220,7 +221,7 @@ class Acceptor:
         bindings = _bindings(self.channel_bindings)
         return ntlm.NTLMPolicy(
             require_mic=self.require_mic,
-            channel_bindings_hash=None if bindings is None else ntlm.channel_bindings_hash(bindings.pack()),
+            channel_bindings_hash=None if bindings is None else channel_bindings_hash(bindings.pack()),
             target_names=frozenset(map(simple_upper, self.target_names)),
             require_target=self.require_target,
         )
@@ -236,9 +237,9 @@ class Acceptor:
 
     def _verify_ntlm(self, authenticate: bytes, negotiate: bytes, challenge: bytes) -> ntlm.Login:
         assert self.accounts is not None
-        message = ntlm.read_authenticate(authenticate)
+        message = messages.read_authenticate(authenticate)
         account = self.accounts.lookup(message.domain, message.user) if message.user else None
-        return ntlm.verify(message, account, self._ntlm_policy, negotiate=negotiate, challenge=challenge, rc4k=rc4k)
+        return ntlm.verify(message, account, self._ntlm_policy, negotiate=negotiate, challenge=challenge)
 
     def new_context(self, demanded: ContextFlag = ContextFlag.CONF) -> SecurityContext:
         """A context for one connection.

@@ -9,8 +9,7 @@ names changes its shape underneath. What is used, and why the public API does no
   variable, for the whole process, from top to bottom on each login; and because its verification of
   AUTHENTICATE is not strict (see `ntlm`).
 * `GSSAPIProxy`, to hand it a credential of our own.
-* the names of its loggers, which at DEBUG write whole tokens; and of its `md4` and `rc4k`, primitives
-  that neither the standard library nor OpenSSL 3 offers.
+* the names of its loggers, which at DEBUG write whole tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from spnego._context import GSSMech
 from spnego._gss import GSSAPIProxy
 from spnego._negotiate import NegotiateProxy
 from spnego._ntlm import NTLMProxy
-from spnego._ntlm_raw.crypto import rc4k
-from spnego._ntlm_raw.md4 import md4
 from spnego._ntlm_raw.messages import NegotiateFlags
 from spnego._sspi import SSPIProxy
 from spnego.channel_bindings import GssChannelBindings
@@ -54,10 +51,8 @@ __all__ = [
     "inner_context",
     "kerberos_enctype",
     "mics_exchanged",
-    "nt_hash",
     "ntlm_flags",
     "ntlm_without_environment",
-    "rc4k",
     "reset_crypto",
     "sspi_context",
 ]
@@ -104,11 +99,6 @@ def allow_token_logging(allow: bool = True) -> None:
     """
     global _tokens_may_be_logged  # noqa: PLW0603 - loggers are global too
     _tokens_may_be_logged = allow
-
-
-def nt_hash(password: str) -> bytes:
-    """NTOWFv1, [MS-NLMP] 3.3.1: MD4 of the password in UTF-16LE. 16 bytes."""
-    return md4(password.encode("utf-16-le", errors="surrogatepass"))
 
 
 @functools.cache

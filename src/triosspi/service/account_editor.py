@@ -16,7 +16,7 @@ from typing import Final
 from .. import _texts
 from .._errors import ConfigurationError, handles_secrets, printable
 from ..security.ntlm.accounts import Account, account_key, parse_line, split_principal
-from ..security.pyspnego_compat import nt_hash
+from ..security.ntlm.primitives import nt_hash
 
 # No LM hash: pyspnego's reader wants hexadecimal digits in the field, so not smbpasswd's X's.
 _NO_LM_HASH: Final = "0" * 32

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 
 from ..security.ntlm.accounts import Account, AccountTable
-from ..security.pyspnego_compat import nt_hash
+from ..security.ntlm.primitives import nt_hash
 
 
 @dataclass(frozen=True, slots=True)

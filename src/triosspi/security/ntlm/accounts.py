@@ -28,7 +28,7 @@ from typing import Final, Protocol, TypeAlias
 from ... import _texts
 from ..._errors import ConfigurationError, handles_secrets, printable
 from ..names import simple_upper
-from ..pyspnego_compat import nt_hash
+from .primitives import nt_hash
 
 log = logging.getLogger("triosspi.accounts")
 
