@@ -14,7 +14,7 @@ from exposure import Secrets
 from harness import PASSWORD, make_acceptor, make_initiator
 from peers.kerberos import Kdc
 from triosspi import Acceptor, AuthenticationError, Initiator
-from triosspi.security.kerberos import tickets as kerberos
+from triosspi.security.kerberos import gssapi as kerberos
 from triosspi.security.ntlm import messages
 from triosspi.security.ntlm.primitives import nt_hash
 

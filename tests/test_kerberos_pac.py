@@ -20,8 +20,8 @@ from test_kerberos_peers import acceptor_for, assert_refused, greet, read_sample
 from test_peers import MESSAGE, Server, accounts, in_thread, serving
 from test_peers import read_sample as read_ntlm_sample
 from triosspi import AuthenticationError, PeerIdentity, WireFormat
-from triosspi.security import pyspnego_compat
 from triosspi.security.identity import PAC
+from triosspi.security.kerberos import gssapi
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def unreadable(samba: SambaKdc, monkeypatch: pytest.MonkeyPatch) -> SambaKdc:
     def read(_data: bytes) -> PAC:
         raise AuthenticationError("the ticket's PAC ends too early")
 
-    monkeypatch.setattr(pyspnego_compat, "read_logon_info", read)
+    monkeypatch.setattr(gssapi, "read_logon_info", read)
     return samba
 
 
@@ -250,6 +250,6 @@ async def test_whatever_our_reader_raises_is_one_refused_login(
         raise IndexError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pyspnego_compat, "read_logon_info", read)
+        patch.setattr(gssapi, "read_logon_info", read)
         assert "IndexError" in await refused(samba, samba.login(), caplog)
     assert (await admitted(samba, samba.login())).pac is not None

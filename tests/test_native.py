@@ -41,7 +41,8 @@ def test_ntlm_gives_the_same_bytes_either_way(monkeypatch: pytest.MonkeyPatch, r
     real = context.take_over
 
     def take_over(proxy: object, inner: object, *, initiator: bool) -> object:
-        by_pyspnego[initiator] = ProxySealer(inner, 16)  # type: ignore[arg-type]
+        by_pyspnego[initiator] = inner.make_sealer()  # type: ignore[attr-defined]
+        assert isinstance(by_pyspnego[initiator], ProxySealer)
         return real(proxy, inner, initiator=initiator)  # type: ignore[arg-type]
 
     monkeypatch.setattr(context, "take_over", take_over)

@@ -136,7 +136,7 @@ async def test_no_repr_shows_a_secret(account_file: Path) -> None:
         server.peer,
         client._session,
         client._session._context,
-        server._session._context._proxy,
+        server._session._context._handshake,
         Initiator(username="alice", password=PASSWORD, mechanism="ntlm"),
         Acceptor(accounts=accounts),
         accounts,

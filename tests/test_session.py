@@ -34,14 +34,16 @@ from triosspi import (
     UnsealError,
     WireFormat,
 )
-from triosspi.security import context
+from triosspi.security import native
 from triosspi.security.authorization import Authorization
 from triosspi.security.context import SecurityContext
 from triosspi.security.identity import ContextFlag
 from triosspi.security.kerberos.tickets import KerberosPolicy
+from triosspi.security.ntlm.acceptor import NTLMAcceptor
 from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.ntlm.verification import NTLMPolicy
 from triosspi.security.policy import AcceptorPolicy, check_initiator
-from triosspi.security.pyspnego_compat import AcceptorNTLM
+from triosspi.security.proxies import KerberosInitiator, adopt
 from triosspi.security.sealers import GSSWrapSealer
 from triosspi.session.session import MAX_ROUNDS, Session
 
@@ -241,11 +243,10 @@ def test_an_acceptor_that_only_says_that_it_is_done_is_refused_by_our_initiator(
 
 
 def test_an_ntlm_context_that_is_complete_without_a_verified_login_is_refused():
-    proxy = AcceptorNTLM(lambda *_: None)
-    proxy._complete = True
-    proxy._session_key = bytes(16)
+    acceptor = NTLMAcceptor(AccountTable(), NTLMPolicy())
+    acceptor.complete = True
     with pytest.raises(AuthenticationError, match="not verified"):
-        check_acceptor(proxy, ContextFlag.CONF)
+        check_acceptor(acceptor, ContextFlag.CONF)
 
 
 def test_a_refused_raw_mechanism_is_an_authentication_error():
@@ -695,10 +696,12 @@ class NativeProxy:
         return data[::-1]
 
 
-def native_context(proxy: Any, check: Any, wire: WireFormat = WireFormat.FRAMED) -> Session:
+def native_context(proxy: Any, check: Any, wire: WireFormat = WireFormat.FRAMED, adopt: Any = adopt) -> Session:
     class Credential:
         def new_context(self, demanded: ContextFlag) -> SecurityContext:
-            return SecurityContext("accept", lambda _: proxy, partial(check, demanded=demanded), may_block=lambda: True)
+            return SecurityContext(
+                "accept", lambda _: adopt(proxy), partial(check, demanded=demanded), may_block=lambda: True
+            )
 
     credential: Any = Credential()
     return Session(credential, wire)
@@ -838,11 +841,16 @@ def test_a_kerberos_token_that_was_not_encrypted_does_not_open():
 
 
 def test_a_kerberos_context_of_a_gss_library_is_rotated(monkeypatch):
-    class Proxy(NativeProxy, WrapProxy):
-        encrypted = True
+    class Context(WrapProxy, KerberosInitiator):
+        enctype = 18
+        session_key = bytes(32)
 
-    monkeypatch.setattr(context, "kerberos_enctype", lambda _: 18)
-    session = native_context(Proxy(), check_acceptor)
+        def __init__(self, proxy: Any) -> None:
+            KerberosInitiator.__init__(self, proxy)
+            self.encrypted = True
+
+    monkeypatch.setattr(native, "_sealing", None)
+    session = native_context(NativeProxy(), check_initiator, adopt=Context)
     session.step(b"token")
     data = session.seal([b"hello"])
     assert len(data) == 4 + 4 + 60 + 5

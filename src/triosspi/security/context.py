@@ -14,49 +14,18 @@ from typing import Final, Literal, NoReturn
 
 from .._errors import AuthenticationError, TicketExpiredError, UnsealError, printable
 from .identity import PeerIdentity, Traffic
-from .kerberos.tickets import root_reason
+from .kerberos.gssapi import root_reason
+from .mechanism import Handshake
 from .native import take_over
-from .pyspnego_compat import Proxy, inner_context, kerberos_enctype, mechanism_of, sspi_context
-from .sealers import KERBEROS_TRAILER_SIZES, NTLM_TRAILER_SIZE, FrameSealer, GSSWrapSealer, ProxySealer, Sealer
+from .pyspnego_compat import sspi_context
+from .sealers import FrameSealer, ProxySealer, Sealer
 
 Usage = Literal["initiate", "accept"]
 
 _PACKAGES: Final = {"ntlm": "NTLM", "kerberos": "Kerberos"}
 
-_NTLMSSP: Final = b"NTLMSSP\0"
-# DER of the mechanism's OID, as it stands in an InitialContextToken (RFC 2743 3.1).
-_OID_SPNEGO: Final = bytes.fromhex("06062b0601050502")
-_OID_KERBEROS: Final = bytes.fromhex("06092a864886f712010202")
-_INITIAL_CONTEXT_TOKEN: Final = b"\x60"
-_NEG_TOKEN_INIT: Final = b"\xa0"
-_LONG_LENGTH: Final = 0x80
-
-
-def first_token_kind(token: bytes) -> str:
-    """What an initiator begins with: ``"spnego"``, ``"ntlm"`` or ``"kerberos"``.
-
-    Windows sends raw NTLM when that is all it has, and raw Kerberos to a server that it asked for
-    by that name; both are as normal as SPNEGO.
-
-    Raises:
-      AuthenticationError: none of these.
-    """
-    if token.startswith(_NTLMSSP):
-        return "ntlm"
-    if token[:1] == _NEG_TOKEN_INIT:
-        return "spnego"
-    if token[:1] == _INITIAL_CONTEXT_TOKEN and len(token) > 1:
-        length, body = token[1], 2
-        if length & _LONG_LENGTH:
-            body += length & ~_LONG_LENGTH
-            length = int.from_bytes(token[2:body], "big")
-        # pyspnego takes what is there, whatever the length says.
-        if length == len(token) - body:
-            if token.startswith(_OID_SPNEGO, body):
-                return "spnego"
-            if token.startswith(_OID_KERBEROS, body):
-                return "kerberos"
-    raise AuthenticationError("the first token is neither SPNEGO, nor NTLM, nor Kerberos")
+_NOT_SEALED: Final = "sealing failed"
+_NOT_OPENED: Final = "a message did not open"
 
 
 def _describe(exc: Exception) -> str:
@@ -64,6 +33,18 @@ def _describe(exc: Exception) -> str:
         return f"Kerberos: {printable(kerberos, 200)}"
     # The text may hold what the peer sent (a KeyError's key, a name that was not found).
     return f"{type(exc).__name__} {printable(str(exc), 200)}" if str(exc) else type(exc).__name__
+
+
+def _unseal_error(what: str, why: Exception | str) -> UnsealError:
+    """The one error of a message that does not seal or open: made of a text, so that it leads to no key.
+
+    Args:
+      what: which of the two.
+      why: an exception of any kind; as a text, a sealer's own words.
+    """
+    if isinstance(why, UnsealError):
+        return UnsealError(str(why))
+    return UnsealError(f"{what}: {why if isinstance(why, str) else _describe(why)}")
 
 
 def _spent(_: object) -> NoReturn:
@@ -86,10 +67,10 @@ class SecurityContext:
         "_check",
         "_deadline",
         "_failed",
+        "_handshake",
         "_may_block",
-        "_open_proxy",
+        "_open_handshake",
         "_peer",
-        "_proxy",
         "_sealer",
         "established",
         "frame_sealer",
@@ -99,17 +80,17 @@ class SecurityContext:
     def __init__(
         self,
         usage: Usage,
-        open_proxy: Callable[[bytes | None], Proxy],
-        check: Callable[[Proxy], PeerIdentity],
+        open_handshake: Callable[[bytes | None], Handshake],
+        check: Callable[[Handshake], PeerIdentity],
         *,
         may_block: Callable[[], bool],
     ) -> None:
         self.usage: Usage = usage
         self._may_block = may_block
         self.established = False
-        self._open_proxy = open_proxy
+        self._open_handshake = open_handshake
         self._check = check
-        self._proxy: Proxy | None = None
+        self._handshake: Handshake | None = None
         self._failed = False
         self._peer: PeerIdentity | None = None
         self._sealer: Sealer | None = None
@@ -141,12 +122,12 @@ class SecurityContext:
     def _try_step(self, token: bytes | None) -> tuple[bytes, tuple[str, str | None] | None]:
         """`step`, but a refusal is returned: its text, and as whom the peer tried to log in, where it came to that."""
         try:
-            if self._proxy is None:
-                self._proxy = self._open_proxy(token)
-            answer = self._proxy.step(token) or b""
+            if self._handshake is None:
+                self._handshake = self._open_handshake(token)
+            answer = self._handshake.step(token) or b""
             # Also within the boundary: python-gssapi raises a step's deferred error only here.
-            if (proxy := self._proxy).complete:
-                self._finish(proxy)
+            if (handshake := self._handshake).complete:
+                self._finish(handshake)
         except AuthenticationError as exc:
             return b"", (str(exc), exc.principal)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
@@ -158,35 +139,28 @@ class SecurityContext:
         self._failed = True
         # An initiator knows what it has tried, and pyspnego's own SPNEGO raises anything here too.
         mechanism = None
-        if self.usage == "accept" and self._proxy is not None:
-            mechanism = mechanism_of(self._proxy)
+        if self.usage == "accept" and self._handshake is not None and (inner := self._handshake.inner) is not None:
+            mechanism = inner.name
         # These hold, or lead to, tokens, keys, passwords, and the account file.
-        self._proxy = None
-        self._open_proxy = self._check = _spent
+        self._handshake = None
+        self._open_handshake = self._check = _spent
         self._may_block = bool
         return mechanism
 
-    def _finish(self, proxy: Proxy) -> None:
-        peer = self._check(proxy)
+    def _finish(self, handshake: Handshake) -> None:
+        peer = self._check(handshake)
         if peer.expires_at is not None:
             self._deadline = time.monotonic() + (peer.expires_at - peer.authenticated_at).total_seconds()
-        # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
-        inner = inner_context(proxy)
+        inner = handshake.inner
         assert inner is not None
-        self._proxy = None
-        self.frame_sealer = take_over(proxy, inner, initiator=self.usage == "initiate")
-        if self.frame_sealer is not None:
-            self._sealer = self.frame_sealer
-        elif peer.mechanism == "ntlm":
-            self._sealer = ProxySealer(inner, NTLM_TRAILER_SIZE)
-        elif (enctype := kerberos_enctype(inner)) is not None:
-            self._sealer = GSSWrapSealer(inner, KERBEROS_TRAILER_SIZES[enctype])
-        else:
-            self._sealer = ProxySealer(inner, inner.query_message_sizes().header)
+        # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
+        self._handshake = None
+        self.frame_sealer = take_over(handshake, inner, initiator=self.usage == "initiate")
+        self._sealer = inner.make_sealer() if self.frame_sealer is None else self.frame_sealer
         self._peer = peer
         self.established = True
         # What was for the handshake: an established context may live for days, and thousands do.
-        del self._open_proxy, self._check, self._may_block
+        del self._open_handshake, self._check, self._may_block
 
     @property
     def peer(self) -> PeerIdentity:
@@ -235,9 +209,9 @@ class SecurityContext:
         try:
             return self._sealer.seal(message)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            error = _describe(exc)
+            error = _unseal_error(_NOT_SEALED, exc)
         # Outside, see `step`.
-        raise UnsealError(f"sealing failed: {error}")
+        raise error
 
     def seal_frames(self, messages: Sequence[bytes]) -> bytes:
         """Seal a batch. Only where there is a `frame_sealer`; see `FrameSealer.seal_frames`.
@@ -249,17 +223,17 @@ class SecurityContext:
         try:
             return self.frame_sealer.seal_frames(messages)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            error = _describe(exc)
-        raise UnsealError(f"sealing failed: {error}")
+            error = _unseal_error(_NOT_SEALED, exc)
+        raise error
 
     def open_frames(self, frames: list[bytes]) -> tuple[list[bytes], UnsealError | None]:
         """Open a batch. Only where there is a `frame_sealer`; see `FrameSealer.open_frames`."""
         assert self.frame_sealer is not None
         try:
-            messages, exc = self.frame_sealer.open_frames(frames)
-        except Exception as unexpected:  # noqa: BLE001 - see the head of the file
-            return [], UnsealError(f"a message did not open: {_describe(unexpected)}")
-        return messages, None if exc is None else UnsealError(f"a message did not open: {exc}")
+            messages, refusal = self.frame_sealer.open_frames(frames)
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            return [], _unseal_error(_NOT_OPENED, exc)
+        return messages, None if refusal is None else _unseal_error(_NOT_OPENED, str(refusal))
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         """Open what the peer sealed.
@@ -271,8 +245,6 @@ class SecurityContext:
         assert self._sealer is not None
         try:
             return self._sealer.open(trailer, ciphertext)
-        except UnsealError as exc:
-            error = str(exc)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            error = f"a message did not open: {_describe(exc)}"
-        raise UnsealError(error)
+            error = _unseal_error(_NOT_OPENED, exc)
+        raise error

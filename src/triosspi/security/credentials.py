@@ -7,34 +7,30 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import spnego
-from spnego import ContextProxy, NegotiateOptions
+from spnego import NegotiateOptions
 from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, ConfigurationError, handles_secrets
 from .authorization import Authorization
-from .context import SecurityContext, first_token_kind
+from .context import SecurityContext
 from .identity import ContextFlag
-from .kerberos import tickets as kerberos
+from .kerberos.gssapi import KerberosAcceptor, acceptor_credential, require_gssapi
+from .kerberos.tickets import KerberosPolicy, folded_spns
+from .mechanism import Handshake
 from .names import simple_upper
-from .ntlm import messages
-from .ntlm import verification as ntlm
+from .ntlm.acceptor import NTLMAcceptor
 from .ntlm.accounts import AccountSource
 from .ntlm.primitives import channel_bindings_hash
+from .ntlm.verification import NTLMPolicy
 from .policy import AcceptorPolicy, check_initiator
-from .pyspnego_compat import (
-    MECHANISMS,
-    AcceptorKerberos,
-    AcceptorNTLM,
-    InitiatorNegotiate,
-    Proxy,
-    ntlm_without_environment,
-    reset_crypto,
-)
+from .proxies import NegotiateInitiator, adopt
+from .pyspnego_compat import MECHANISMS, InitiatorNegotiate, ntlm_without_environment
 from .rules import Rule
 from .spnego.acceptor import SPNEGOAcceptor
+from .spnego.tokens import first_token_kind
 
 #: A mechanism that authenticates; Negotiate is what chooses between them.
 Mechanism = Literal["kerberos", "ntlm"]
@@ -154,7 +150,7 @@ class Acceptor:
     target_names: Collection[str] = ()
     require_target: Literal["off", "allow", "require"] = "off"
 
-    usage: Final = "accept"
+    usage: ClassVar[Literal["accept"]] = "accept"
 
     def __post_init__(self) -> None:
         for name in ("spns", "allow", "deny", "require_groups", "target_names", "mechanisms"):
@@ -199,13 +195,13 @@ class Acceptor:
 
     @cached_property
     def _kerberos_credential(self) -> object:
-        return kerberos.acceptor_credential(self.keytab)
+        return acceptor_credential(self.keytab)
 
     @cached_property
     def _policy(self) -> AcceptorPolicy:
         return AcceptorPolicy(
-            kerberos=kerberos.KerberosPolicy(
-                spns=kerberos.folded_spns(self.spns),
+            kerberos=KerberosPolicy(
+                spns=folded_spns(self.spns),
                 channel_bound=self.channel_bindings is not None,
                 allow_rc4=self.allow_rc4,
             ),
@@ -217,9 +213,9 @@ class Acceptor:
         )
 
     @cached_property
-    def _ntlm_policy(self) -> ntlm.NTLMPolicy:
+    def _ntlm_policy(self) -> NTLMPolicy:
         bindings = _bindings(self.channel_bindings)
-        return ntlm.NTLMPolicy(
+        return NTLMPolicy(
             require_mic=self.require_mic,
             channel_bindings_hash=None if bindings is None else channel_bindings_hash(bindings.pack()),
             target_names=frozenset(map(simple_upper, self.target_names)),
@@ -227,19 +223,19 @@ class Acceptor:
         )
 
     @cached_property
-    def _factories(self) -> dict[str, Callable[[], ContextProxy]]:
-        bindings = _bindings(self.channel_bindings)
-        makers: dict[str, Callable[[], ContextProxy]] = {
-            "kerberos": lambda: AcceptorKerberos(self._kerberos_credential, bindings),
-            "ntlm": lambda: AcceptorNTLM(self._verify_ntlm),
+    def _factories(self) -> dict[str, Callable[[], NTLMAcceptor | KerberosAcceptor]]:
+        makers: dict[str, Callable[[], NTLMAcceptor | KerberosAcceptor]] = {
+            "kerberos": self._new_kerberos,
+            "ntlm": self._new_ntlm,
         }
         return {mechanism: makers[mechanism] for mechanism in self.enabled}
 
-    def _verify_ntlm(self, authenticate: bytes, negotiate: bytes, challenge: bytes) -> ntlm.Login:
+    def _new_kerberos(self) -> KerberosAcceptor:
+        return KerberosAcceptor(self._kerberos_credential, self.channel_bindings)
+
+    def _new_ntlm(self) -> NTLMAcceptor:
         assert self.accounts is not None
-        message = messages.read_authenticate(authenticate)
-        account = self.accounts.lookup(message.domain, message.user) if message.user else None
-        return ntlm.verify(message, account, self._ntlm_policy, negotiate=negotiate, challenge=challenge)
+        return NTLMAcceptor(self.accounts, self._ntlm_policy)
 
     def new_context(self, demanded: ContextFlag = ContextFlag.CONF) -> SecurityContext:
         """A context for one connection.
@@ -248,7 +244,7 @@ class Acceptor:
           demanded: what a Kerberos context must provide; NTLM under this policy has all of it.
         """
         return SecurityContext(
-            self.usage, self._open_proxy, partial(self._policy.check, demanded=demanded), may_block=self._may_block
+            self.usage, self._open_handshake, partial(self._policy.check, demanded=demanded), may_block=self._may_block
         )
 
     def _may_block(self) -> bool:
@@ -259,7 +255,7 @@ class Acceptor:
         # or an account file that has changed, gets its thread.
         return _WINDOWS or bool(getattr(self.accounts, "may_block", self.accounts is not None))
 
-    def _open_proxy(self, token: bytes | None) -> Proxy:
+    def _open_handshake(self, token: bytes | None) -> Handshake:
         kind = first_token_kind(token or b"")
         if kind != "spnego":
             if not self.allow_raw:
@@ -268,9 +264,9 @@ class Acceptor:
                 raise AuthenticationError(f"raw {kind}, which is not enabled here")
         if _WINDOWS:  # pragma: no cover - not reachable elsewhere
             protocol = "negotiate" if len(self.enabled) > 1 else self.enabled[0]
-            return spnego.server(protocol=protocol, channel_bindings=_bindings(self.channel_bindings))
+            return adopt(spnego.server(protocol=protocol, channel_bindings=_bindings(self.channel_bindings)))
         if kind == "spnego":
-            return SPNEGOAcceptor(self._factories, reset_crypto)
+            return SPNEGOAcceptor(self._factories)
         return self._factories[kind]()
 
 
@@ -308,7 +304,7 @@ class Initiator:
     allow_rc4: bool = False
     channel_bindings: bytes | None = field(default=None, repr=False)
 
-    usage: Final = "initiate"
+    usage: ClassVar[Literal["initiate"]] = "initiate"
 
     def __post_init__(self) -> None:
         _keep_bindings(self)
@@ -330,11 +326,11 @@ class Initiator:
         else:
             if self.password is None and self.mechanism != "ntlm":
                 # What then logs in is a Kerberos ticket.
-                kerberos.require_gssapi()
+                require_gssapi()
             if self.mechanism == "ntlm" and self.password is None:
                 raise ConfigurationError("NTLM needs a username and a password")
             if self.mechanism == "kerberos":
-                kerberos.require_gssapi()
+                require_gssapi()
 
     def with_default_host(self, host: str) -> Initiator:
         """The same, with the target ``host/`` and this host where no target was given."""
@@ -344,7 +340,7 @@ class Initiator:
         """A context for one connection; see `Acceptor.new_context`."""
         return SecurityContext(
             self.usage,
-            self._open_proxy,
+            self._open_handshake,
             partial(check_initiator, demanded=demanded, allow_rc4=self.allow_rc4),
             # NTLM with a password is arithmetic; anything else may ask a KDC, DNS or the system.
             may_block=lambda: self.mechanism != "ntlm" or _WINDOWS,
@@ -357,7 +353,7 @@ class Initiator:
             return spnego.KerberosKeytab(self.keytab, principal=self.username)
         return self.username
 
-    def _open_proxy(self, _token: bytes | None) -> ContextProxy:
+    def _open_handshake(self, _token: bytes | None) -> Handshake:
         service, _, host = (self.target or "host/unspecified").partition("/")
         arguments: dict[str, Any] = {
             "username": self._credential(),
@@ -367,15 +363,15 @@ class Initiator:
             "channel_bindings": _bindings(self.channel_bindings),
         }
         if _WINDOWS:  # pragma: no cover - not reachable elsewhere
-            return spnego.client(protocol=self.mechanism if self.raw else "negotiate", **arguments)
+            return adopt(spnego.client(protocol=self.mechanism if self.raw else "negotiate", **arguments))
         if self.raw:
             options = NegotiateOptions.use_ntlm if self.mechanism == "ntlm" else NegotiateOptions.use_gssapi
-            return ntlm_without_environment(spnego.client(protocol=self.mechanism, options=options, **arguments))
+            return adopt(ntlm_without_environment(spnego.client(protocol=self.mechanism, options=options, **arguments)))
         wanted = tuple(MECHANISMS) if self.mechanism == "negotiate" else (self.mechanism,)
         if self.password is None:
             # A ticket is meant; pyspnego would look for an NTLM account in a file that NTLM_USER_FILE names.
             wanted = ("kerberos",)
-        return InitiatorNegotiate([MECHANISMS[name] for name in wanted], **arguments)
+        return NegotiateInitiator(InitiatorNegotiate([MECHANISMS[name] for name in wanted], **arguments))
 
 
 # Its frame holds the password.

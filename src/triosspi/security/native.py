@@ -18,15 +18,14 @@ microseconds, nearly all of it spent around the cryptography; `triosspi._sealing
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from spnego import ContextProxy
-
-from .kerberos.tickets import AES_ENCTYPES, require_gssapi
-from .pyspnego_compat import Proxy, gssapi_context, kerberos_enctype, mics_exchanged, ntlm_flags
-
-if TYPE_CHECKING:
-    from .sealers import FrameSealer
+from .kerberos.gssapi import KerberosContext
+from .kerberos.tickets import AES_ENCTYPES
+from .mechanism import Handshake, Mechanism
+from .ntlm.acceptor import NTLMAcceptor
+from .proxies import NTLMInitiator
+from .sealers import FrameSealer
 
 _sealing: ModuleType | None
 try:
@@ -53,22 +52,21 @@ def seals_kerberos(enctype: int | None) -> bool:
     return enctype in AES_ENCTYPES and available()["kerberos"]
 
 
-def take_over(proxy: Proxy, inner: ContextProxy, *, initiator: bool) -> FrameSealer | None:
+def take_over(handshake: Handshake, inner: Mechanism, *, initiator: bool) -> FrameSealer | None:
     """A native sealer for a finished context, which is of no use any more then; None if there is none.
 
     Args:
-      proxy: the context, SPNEGO's if there is one around it.
+      handshake: what has finished, SPNEGO's if there is one around it.
       inner: the mechanism's own context.
       initiator: which side this is.
     """
-    sent, verified = mics_exchanged(proxy)
-    if ntlm_flags(inner) is not None:
+    sent, verified = int(handshake.mic_sent), int(handshake.mic_verified)
+    if isinstance(inner, (NTLMAcceptor, NTLMInitiator)):
         if not available()["ntlm"]:
             return None
         return _ntlm_sealer(inner.session_key, initiator=initiator, send_sequence=sent, receive_sequence=verified)
-    enctype = kerberos_enctype(inner)
-    if enctype is not None and seals_kerberos(enctype):
-        return _take_over_kerberos(gssapi_context(inner), enctype, verified, initiator)
+    if isinstance(inner, KerberosContext) and seals_kerberos(enctype := inner.enctype):
+        return _take_over_kerberos(inner, enctype, verified, initiator)
     return None
 
 
@@ -78,9 +76,9 @@ def _ntlm_sealer(*arguments: Any, **options: Any) -> FrameSealer:
     return sealer
 
 
-def _take_over_kerberos(context: Any, enctype: int, mics_verified: int, initiator: bool) -> FrameSealer:
+def _take_over_kerberos(context: KerberosContext, enctype: int, mics_verified: int, initiator: bool) -> FrameSealer:
     assert _sealing is not None
-    lucid: Any = require_gssapi().raw.krb5_export_lucid_sec_context(context, 1)
+    lucid = context.export_lucid()
     keys = lucid.cfx_kd
     subkey = keys.acceptor_subkey is not None
     sealer: FrameSealer = _sealing.KerberosSealer(

@@ -11,28 +11,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from spnego import ContextProxy
-
 from .._errors import AuthenticationError
 from .authorization import Authorization
 from .identity import ContextFlag, PeerIdentity
+from .kerberos.gssapi import KerberosAcceptor
 from .kerberos.tickets import KerberosPolicy, Ticket, ask_for, check_enctype, enctype_name
 from .kerberos.tickets import check as check_ticket
+from .mechanism import Handshake, Mechanism
 from .native import seals_kerberos
+from .ntlm.acceptor import NTLMAcceptor
 from .ntlm.verification import REQUIRED_FLAGS
-from .pyspnego_compat import (
-    AcceptorKerberos,
-    AcceptorNTLM,
-    InitiatorNegotiate,
-    Proxy,
-    inner_context,
-    kerberos_enctype,
-    ntlm_flags,
-)
+from .proxies import NegotiateInitiator, NTLMInitiator, ProxyContext, SystemContext
 from .spnego.acceptor import SPNEGOAcceptor
 
 _SESSION_KEY_SIZES: Final = (16, 32)
-# The bits of pyspnego's ContextReq that are GSS-API's own.
+# The bits that are ours, of all that GSS-API and pyspnego have.
 _GSS_FLAGS: Final = 0x3F
 _MUTUAL: Final = int(ContextFlag.MUTUAL)
 _ORDER: Final = int(ContextFlag.REPLAY | ContextFlag.SEQUENCE)
@@ -50,15 +43,15 @@ def _peer(mechanism: str, flags: int, principal: str, domain: str, name: str, **
     )
 
 
-def _check_inner(proxy: Proxy) -> ContextProxy:
-    inner = inner_context(proxy)
+def _check_inner(handshake: Handshake) -> Mechanism:
+    inner = handshake.inner
     if inner is None or not inner.complete:
         raise AuthenticationError("the peer says that it is done, but nobody has authenticated")
     return inner
 
 
-def _check_session_key(inner: ContextProxy) -> None:
-    """Kerberos contexts of ours say more about their key: its encryption type."""
+def _check_session_key(inner: Mechanism) -> None:
+    """See that there is a key. Kerberos contexts of ours say more about theirs: its encryption type."""
     if len(inner.session_key) not in _SESSION_KEY_SIZES:
         raise AuthenticationError("the context has no session key")
 
@@ -74,19 +67,19 @@ def _order_is_ours(demanded: ContextFlag, enctype: int) -> int:
     return int(demanded) & ~_ORDER if seals_kerberos(enctype) else int(demanded)
 
 
-def _check_flags(proxy: ContextProxy, demanded: ContextFlag) -> None:
-    """An initiator's context; NTLM's own flags say more, and are looked at instead."""
-    missing = demanded & ~ContextFlag(int(proxy.context_attr) & _GSS_FLAGS)
+def _check_flags(inner: Mechanism, demanded: ContextFlag) -> None:
+    """See that an initiator's context provides what is demanded; NTLM's own flags say more, and are looked at instead."""
+    missing = demanded & ~ContextFlag(inner.flags & _GSS_FLAGS)
     if missing:
         names = ", ".join(str(flag.name) for flag in missing)
         raise AuthenticationError(f"the context lacks {names}")
 
 
-def _check_mech_list_mic(proxy: SPNEGOAcceptor, mechanism: str) -> None:
+def _check_mech_list_mic(spnego: SPNEGOAcceptor, mechanism: str | None) -> None:
     # Without it, whoever sits between could have taken the better mechanisms out of the client's
     # list. Every SPNEGO client sends it with NTLM; with Kerberos it is due when the mechanism is not
     # the client's first (RFC 4178 5).
-    if (mechanism == "ntlm" or not proxy.first_offer_chosen) and not proxy.mic_verified:
+    if (mechanism == "ntlm" or not spnego.first_offer_chosen) and not spnego.mic_verified:
         raise AuthenticationError("the client's mechListMIC is missing")
 
 
@@ -102,37 +95,38 @@ class AcceptorPolicy:
     kerberos: KerberosPolicy
     authorization: Authorization
 
-    def check(self, proxy: Proxy, demanded: ContextFlag) -> PeerIdentity:
-        """Decide whether a context that calls itself complete is; whose it is; and whether he may come in.
+    def check(self, handshake: Handshake, demanded: ContextFlag) -> PeerIdentity:
+        """Decide whether a handshake that calls itself complete is; who the peer is; and whether they may come in.
 
         Args:
-          proxy: the context.
+          handshake: the handshake.
           demanded: what a Kerberos context must provide. Replay and sequence detection only where the system or its
               Kerberos library seals.
 
         Raises:
-          AuthenticationError: it is not, or he may not.
+          AuthenticationError: it is not, or they may not.
         """
-        inner = _check_inner(proxy)
-        if isinstance(proxy, SPNEGOAcceptor):
-            _check_mech_list_mic(proxy, inner.negotiated_protocol or "")
+        inner = _check_inner(handshake)
+        if isinstance(handshake, SPNEGOAcceptor):
+            _check_mech_list_mic(handshake, inner.name)
         peer = self._identify(inner, demanded)
         self.authorization.check(peer)
         return peer
 
-    def _identify(self, inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
-        if isinstance(inner, AcceptorNTLM):
+    def _identify(self, inner: Mechanism, demanded: ContextFlag) -> PeerIdentity:
+        if isinstance(inner, NTLMAcceptor):
             if inner.login is None:
                 raise AuthenticationError("the NTLM login was not verified")
             _check_session_key(inner)
             account = inner.login.account
-            return _peer("ntlm", int(inner.context_attr), account.principal, account.domain, account.name)
-        if isinstance(inner, AcceptorKerberos):
+            return _peer("ntlm", inner.flags, account.principal, account.domain, account.name)
+        if isinstance(inner, KerberosAcceptor):
             assert inner.ticket is not None
             demands = _order_is_ours(demanded, inner.ticket.enctype)
             check_ticket(inner.ticket, self.kerberos, demands, inner.service)
             return _ticket_peer(inner.ticket)
-        return _native_peer(inner, demanded)
+        assert isinstance(inner, SystemContext)
+        return _system_peer(inner, demanded)
 
 
 def _ticket_peer(ticket: Ticket) -> PeerIdentity:
@@ -152,46 +146,45 @@ def _ticket_peer(ticket: Ticket) -> PeerIdentity:
     )
 
 
-def _native_peer(inner: ContextProxy, demanded: ContextFlag) -> PeerIdentity:
+def _system_peer(inner: SystemContext, demanded: ContextFlag) -> PeerIdentity:
     """What Windows's own SSPI says."""
     _check_session_key(inner)
-    if missing := int(demanded) & ~int(inner.context_attr):
+    if missing := int(demanded) & ~inner.flags:
         raise AuthenticationError(f"the context lacks {ask_for(missing)}")
-    principal = inner.client_principal
+    principal = inner.client
     if not principal:
         raise AuthenticationError("the context names no client")
     if "\\" in principal:
         domain, _, name = principal.partition("\\")
     else:
         name, _, domain = principal.rpartition("@")
-    return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), principal, domain, name)
+    return _peer(inner.name or "unknown", inner.flags, principal, domain, name)
 
 
-def check_initiator(proxy: Proxy, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
-    """The same for an initiator's context.
+def check_initiator(handshake: Handshake, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
+    """The same for an initiator's handshake.
 
     Args:
-      proxy: the context.
+      handshake: the handshake.
       demanded: what a Kerberos context must provide, besides mutual authentication.
       allow_rc4: whether a Kerberos session key of RC4-HMAC will do.
 
     Raises:
-      AuthenticationError: the context is not what it calls itself, or is too weak.
+      AuthenticationError: it is not what it calls itself, or is too weak.
     """
-    inner = _check_inner(proxy)
+    inner = _check_inner(handshake)
     _check_session_key(inner)
-    flags = ntlm_flags(inner)
-    if flags is None:
-        # Ours asks for mutual authentication, so an acceptor without it is not the one meant.
-        _check_flags(inner, demanded | ContextFlag.MUTUAL)
-        if (enctype := kerberos_enctype(inner)) is not None:
-            check_enctype(enctype, allow_rc4)
-    else:
-        if isinstance(proxy, InitiatorNegotiate) and not proxy.mic_verified:
+    if isinstance(inner, NTLMInitiator):
+        if isinstance(handshake, NegotiateInitiator) and not handshake.mic_verified:
             # pyspnego takes the acceptor's word that it is done. The MIC proves that it knows the key.
             raise AuthenticationError("the acceptor's mechListMIC is missing")
-        missing = [name for flag, name in REQUIRED_FLAGS.items() if not flags & flag]
+        missing = [name for flag, name in REQUIRED_FLAGS.items() if not inner.negotiate_flags & flag]
         if missing:
             raise AuthenticationError(f"NTLM: the acceptor left out {', '.join(missing)}")
-    target = str(inner.spn or "")
-    return _peer(inner.negotiated_protocol or "unknown", int(inner.context_attr), target, "", target)
+    else:
+        # Ours asks for mutual authentication, so an acceptor without it is not the one meant.
+        _check_flags(inner, demanded | ContextFlag.MUTUAL)
+        if (enctype := inner.enctype) is not None:
+            check_enctype(enctype, allow_rc4)
+    assert isinstance(inner, ProxyContext)
+    return _peer(inner.name or "unknown", inner.flags, inner.target, "", inner.target)

@@ -82,10 +82,14 @@ class Rule:
         """Whether it is about all of a realm or domain."""
         return "*" in self.who
 
+    def _is_about_a_sid_of(self, peer: PeerIdentity) -> bool:
+        # Signed by the KDC, so there is one way to read it.
+        return self.who.upper() in sids_of(peer)
+
     def gives(self, peer: PeerIdentity) -> bool:
         """Whether it means a peer, read narrowly: to let it in."""
         if self.is_sid:
-            return self.who.upper() in sids_of(peer)
+            return self._is_about_a_sid_of(peer)
         if self.mechanism is not None and self.mechanism != peer.mechanism:
             return False
         if self.mechanism is None and peer.mechanism == "ntlm" and "@" in self.who and "\\" not in self.who:
@@ -97,7 +101,7 @@ class Rule:
     def takes(self, peer: PeerIdentity) -> bool:
         """Whether it means a peer, read widely: to keep it out."""
         if self.is_sid:
-            return self.who.upper() in sids_of(peer)
+            return self._is_about_a_sid_of(peer)
         if self.mechanism is not None and peer.mechanism in _MECHANISMS and self.mechanism != peer.mechanism:
             return False
         texts = _texts(peer)

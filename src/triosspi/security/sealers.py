@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from spnego import ContextProxy
+from spnego import ContextProxy, UnwrapResult, WrapResult
 
 from .._errors import UnsealError
 
@@ -68,11 +68,22 @@ class FrameSealer(Sealer, Protocol):
         ...  # pragma: no cover
 
 
+class GSSWraps(Protocol):
+    """What `GSSWrapSealer` needs of a context."""
+
+    def wrap(self, data: bytes, encrypt: bool = True) -> WrapResult:
+        """GSS_Wrap."""
+        ...  # pragma: no cover
+
+    def unwrap(self, data: bytes) -> UnwrapResult:
+        """GSS_Unwrap."""
+        ...  # pragma: no cover
+
+
 class _Counting:
     """Counts what goes through `_seal` and `_open`, which are a subclass's."""
 
-    def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
-        self._proxy = proxy
+    def __init__(self, trailer_size: int) -> None:
         self.trailer_size = trailer_size
         self._counts = [0, 0, 0, 0]
 
@@ -104,7 +115,11 @@ class _Counting:
 
 
 class ProxySealer(_Counting):
-    """pyspnego's own, for NTLM and for native SSPI."""
+    """pyspnego's own, for NTLM and for the system's SSPI."""
+
+    def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
+        super().__init__(trailer_size)
+        self._proxy = proxy
 
     @property
     def proxy(self) -> ContextProxy:
@@ -131,12 +146,13 @@ class GSSWrapSealer(_Counting):
     sender). Rotating here costs a quarter of gss_wrap_iov, which would give it directly.
     """
 
-    def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
-        super().__init__(proxy, trailer_size)
+    def __init__(self, context: GSSWraps, trailer_size: int) -> None:
+        super().__init__(trailer_size)
+        self._context = context
         self._rotation = trailer_size - _WRAP_HEADER_SIZE - _CONFOUNDER_SIZE
 
     def _seal(self, message: bytes) -> tuple[bytes, bytes]:
-        token = self._proxy.wrap(message, encrypt=True).data
+        token = self._context.wrap(message, encrypt=True).data
         if not token.startswith(_RFC4121_WRAP):
             # RC4-HMAC: no rotation, and no layout in SSPI's buffers that would be ours to give.
             return token[: self.trailer_size], token[self.trailer_size :]
@@ -153,7 +169,7 @@ class GSSWrapSealer(_Counting):
         if token.startswith(_RFC4121_WRAP) and int.from_bytes(token[_RRC], "big") >= len(token) - _WRAP_HEADER_SIZE:
             raise UnsealError("a rotation that is longer than what it turns")
         # unwrap_iov(stream + data) would take any cut, and aborts the process on some tokens.
-        opened = self._proxy.unwrap(token)
+        opened = self._context.unwrap(token)
         if not opened.encrypted:
             # A wrap token that is only signed is valid to GSS-API.
             raise UnsealError("a message that was signed but not encrypted")

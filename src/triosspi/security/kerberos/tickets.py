@@ -1,23 +1,14 @@
-"""Kerberos: what is demanded of an accepted ticket, and errors in words.
-
-python-gssapi is optional, so it is imported where it is first needed.
-"""
+"""What is demanded of an accepted Kerberos ticket."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from ..._errors import AuthenticationError, ConfigurationError, printable
 from ..identity import PAC, ContextFlag
 from ..names import simple_upper
-
-log = logging.getLogger("triosspi.kerberos")
-
-_KERBEROS_OID: Final = "1.2.840.113554.1.2.2"
 
 #: Encryption types of RFC 3962 and RFC 8009: AES. Numbers are IANA's.
 AES_ENCTYPES: Final = {
@@ -41,75 +32,6 @@ _SSPI_NAMES: Final = {
     ContextFlag.CONF: "ISC_REQ_CONFIDENTIALITY",
     ContextFlag.INTEG: "ISC_REQ_INTEGRITY",
 }
-
-# KRB5KRB_AP_ERR_BAD_INTEGRITY.
-_BAD_INTEGRITY: Final = -1765328353
-
-# What MIT's minor status says where there is none, which is of no use to anybody.
-_NO_REASON: Final = ("Success", "Unknown error", "No error")
-
-
-def require_gssapi() -> Any:
-    """python-gssapi.
-
-    Raises:
-      ConfigurationError: it is not installed, or pykrb5, which pyspnego wants beside it, is not.
-    """
-    try:
-        import gssapi  # noqa: PLC0415 - see the head of the file
-        import krb5  # noqa: F401, PLC0415
-    except ImportError:
-        raise ConfigurationError("Kerberos needs python-gssapi and krb5: pip install 'triosspi[kerberos]'") from None
-    return gssapi
-
-
-def acceptor_credential(keytab: str | None) -> object:
-    """The service's keys, for any number of contexts; the file is read again on each login.
-
-    Args:
-      keytab: as ``FILE:/etc/krb5.keytab``; None is what the environment's KRB5_KTNAME or krb5.conf names.
-
-    Raises:
-      ConfigurationError: there are none, or python-gssapi is not installed.
-    """
-    gssapi = require_gssapi()
-    if os.environ.get("KRB5RCACHENAME", "").startswith("none") or os.environ.get("KRB5RCACHETYPE") == "none":
-        log.warning("Kerberos: the environment's KRB5RCACHENAME or KRB5RCACHETYPE turns the replay cache off: unset it")
-    store = None if keytab is None else {"keytab": keytab}
-    try:
-        return gssapi.Credentials(usage="accept", mechs=[gssapi.OID.from_int_seq(_KERBEROS_OID)], store=store)
-    except gssapi.exceptions.GSSError as exc:
-        where = keytab or "the default keytab"
-        raise ConfigurationError(f"no Kerberos keys in {where}: {reason(exc)}") from None
-
-
-def reason(exc: BaseException) -> str:
-    """What a Kerberos library says went wrong, without what a GSS-API status wraps around it."""
-    if getattr(exc, "err_code", None) == _BAD_INTEGRITY:
-        # Without pre-authentication the KDC answers anybody; that the password is wrong shows only here.
-        return "Password incorrect (the KDC's answer does not decrypt with it)"
-    messages = []
-    maj_code, min_code = getattr(exc, "maj_code", None), getattr(exc, "min_code", None)
-    if maj_code is not None and min_code is not None:
-        for code, is_major in ((min_code, False), (maj_code, True)):
-            messages += exc.get_all_statuses(code, is_major)  # type: ignore[attr-defined]
-    for message in messages:
-        if message and not message.startswith(_NO_REASON):
-            return str(message)
-    return str(exc)
-
-
-def root_reason(exc: BaseException) -> str | None:
-    """The same for an exception of pyspnego's, if a Kerberos library is behind it."""
-    seen: set[int] = set()
-    current: BaseException | None = exc
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        module = type(current).__module__.partition(".")[0]
-        if module in {"gssapi", "krb5"}:
-            return reason(current)
-        current = getattr(current, "base_error", None) or current.__cause__ or current.__context__
-    return None
 
 
 @dataclass(frozen=True, slots=True)
