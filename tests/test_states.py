@@ -65,43 +65,28 @@ def test_the_comment_shows_the_table(module, states, table):
     assert steps_in_comments(module, states) == shown
 
 
-def test_a_session_becomes_only_what_the_table_allows():
-    for state in Ours:
-        for following in Ours:
-            session = Session.__new__(Session)
-            session._ours = state
-            if following in OURS_BECOMES[state]:
-                session._say(following)
-                assert session._ours is following
-            else:
-                with pytest.raises(AssertionError, match=str(following)):
-                    session._say(following)
-                assert session._ours is state
-    for state in Theirs:
-        for following in Theirs:
-            session = Session.__new__(Session)
-            session._theirs = state
-            if following in THEIRS_BECOMES[state]:
-                session._hear(following)
-                assert session._theirs is following
-            else:
-                with pytest.raises(AssertionError, match=str(following)):
-                    session._hear(following)
-                assert session._theirs is state
+CHANGES = {
+    "ours": (Session, "_ours", "_say"),
+    "theirs": (Session, "_theirs", "_hear"),
+    "channel": (SSPIChannel, "_state", "_become"),
+}
 
 
-async def test_a_channel_becomes_only_what_the_table_allows():
-    for state in State:
-        for following in State:
-            channel, _ = make_channels()
-            channel._state = state
-            if following in BECOMES[state]:
-                channel._become(following)
-                assert channel._state is following
+@pytest.mark.parametrize("name", TABLES)
+def test_nothing_becomes_what_the_table_does_not_allow(name):
+    _, states, table = TABLES[name]
+    cls, field, change = CHANGES[name]
+    for state in states:
+        for following in states:
+            it = cls.__new__(cls)
+            setattr(it, field, state)
+            if following in table[state]:
+                getattr(it, change)(following)
+                assert getattr(it, field) is following
             else:
                 with pytest.raises(AssertionError, match=str(following)):
-                    channel._become(following)
-                assert channel._state is state
+                    getattr(it, change)(following)
+                assert getattr(it, field) is state
 
 
 def check_derived(session: Session) -> None:
@@ -144,9 +129,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> set[Step]:
 
         monkeypatch.setattr(cls, method, record)
 
-    recording(Session, "_say", "_ours")
-    recording(Session, "_hear", "_theirs")
-    recording(SSPIChannel, "_become", "_state")
+    for cls, field, method in CHANGES.values():
+        recording(cls, method, field)
     return steps
 
 
