@@ -17,7 +17,7 @@ except through `printable`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -34,12 +34,8 @@ def printable(text: object, limit: int = 64) -> str:
     return quoted if len(quoted) <= limit else quoted[:limit] + "...'"
 
 
-def without_frames(exc: E) -> E:
-    """Take from an exception, and from all that is chained to it, the frames that it came through.
-
-    Frames hold arguments and locals, of which some error reporters show all. ``raise ... from None`` is
-    no help: it hides the context and keeps it.
-    """
+def linked(exc: BaseException) -> Iterator[BaseException]:
+    """An exception, and all that hangs on it: causes, contexts, and what groups hold; each once."""
     seen: set[int] = set()
     left: list[BaseException | None] = [exc]
     while left:
@@ -47,10 +43,20 @@ def without_frames(exc: E) -> E:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        current.__traceback__ = None
+        yield current
         left += [current.__cause__, current.__context__]
         if isinstance(current, BaseExceptionGroup):
             left += current.exceptions
+
+
+def without_frames(exc: E) -> E:
+    """Take from an exception, and from all that is chained to it, the frames that it came through.
+
+    Frames hold arguments and locals, of which some error reporters show all. ``raise ... from None`` is
+    no help: it hides the context and keeps it.
+    """
+    for found in linked(exc):
+        found.__traceback__ = None
     return exc
 
 

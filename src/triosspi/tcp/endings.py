@@ -8,7 +8,7 @@ from typing import Literal
 
 import trio
 
-from .._errors import AuthenticationError, ImpersonationError, TicketExpiredError, TruncatedError, UnsealError
+from .._errors import AuthenticationError, ImpersonationError, TicketExpiredError, TruncatedError, UnsealError, linked
 
 Outcome = Literal[
     "goodbye",
@@ -94,18 +94,9 @@ def impersonation_refused(exc: Exception, *, closed: bool = False) -> Impersonat
 
 def tampering(exc: BaseException) -> UnsealError | None:
     """The message that did not open, if one is behind what a handler raised, in whatever it was wrapped."""
-    seen: set[int] = set()
-    left: list[BaseException | None] = [exc]
-    while left:
-        found = left.pop()
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
+    for found in linked(exc):
         if isinstance(found, UnsealError) and not isinstance(found, TicketExpiredError):
             return found
-        left += [found.__cause__, found.__context__]
-        if isinstance(found, BaseExceptionGroup):
-            left += found.exceptions
     return None
 
 
