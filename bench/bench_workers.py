@@ -2,8 +2,8 @@
 
     python bench/bench_workers.py [--quick]
 
-Logins are NTLM's, each a connection of its own with the sample's one message behind it. There are three servers: one process,
-two that share their listening socket, two with sockets of their own (SO_REUSEPORT); they are measured in turns.
+Logins are NTLM's, each a connection of its own with the sample's one message behind it. There are two servers: one process, and
+two workers, which accept from one socket; they are measured in turns.
 
 Where two cores are free for two workers, logins per second are what is asked for. This machine may have two cores, and the load
 needs a part of them. So there are three answers:
@@ -39,12 +39,8 @@ AT_ONCE = 64
 CONNECTIONS = 1_000
 BURST = 100
 ENOUGH_CORES = 4
-ONE, SHARED, OWN = "1 worker", "2 workers, shared socket", "2 workers, SO_REUSEPORT"
-OPTIONS = {
-    ONE: ("--workers", "1"),
-    SHARED: ("--workers", "2", "--no-reuse-port"),
-    OWN: ("--workers", "2", "--reuse-port"),
-}
+ONE, TWO = "1 worker", "2 workers"
+OPTIONS = {ONE: ("--workers", "1"), TWO: ("--workers", "2")}
 ALL_CORES = "all cores"
 APART = "a core each" if len(CORES) >= ENOUGH_CORES else "half a core each"
 BY_CPU = "by CPU per login"
@@ -196,7 +192,7 @@ def run_on_all(server: Server, seconds: float, rate: float = 0.0) -> dict[str, f
 def steps(quick: bool, repeats: int) -> int:
     """How often `measure` advances."""
     del quick
-    return len(OPTIONS) + repeats * (2 * len(OPTIONS) + 4)
+    return len(OPTIONS) + repeats * (2 * len(OPTIONS) + 2)
 
 
 Samples = dict[str, dict[str, list[dict[str, float]]]]
@@ -211,8 +207,8 @@ def measure(quick: bool, repeats: int, advance: Advance) -> Outcome:
     )
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     busy: Samples = {name: {ALL_CORES: [], APART: []} for name in OPTIONS}
-    calm: dict[str, list[dict[str, float]]] = {SHARED: [], OWN: []}
-    balance: dict[str, dict[str, list[float]]] = {name: {"one by one": [], f"{BURST} at once": []} for name in calm}
+    calm: list[dict[str, float]] = []
+    balance: dict[str, list[float]] = {"one by one": [], f"{BURST} at once": []}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         account_editor.add(Path(folder) / "accounts", "DOM\\alice", PASSWORD)
         servers = {name: stack.enter_context(serve(Path(folder), name)) for name in OPTIONS}
@@ -226,22 +222,16 @@ def measure(quick: bool, repeats: int, advance: Advance) -> Outcome:
                 advance(f"{name}, {ALL_CORES}")
                 busy[name][APART].append(run_apart(server, seconds))
                 advance(f"{name}, {APART}")
-            for name, samples in calm.items():
-                samples.append(run_on_all(servers[name], seconds, rates[SHARED] / 2))
-                advance(f"{name}, at half of the rate")
-                for how, at_once in zip(balance[name], (1, BURST), strict=True):
-                    balance[name][how].append(servers[name].busier(at_once))
-                advance(f"{name}, balance")
+            calm.append(run_on_all(servers[TWO], seconds, rates[TWO] / 2))
+            advance(f"{TWO}, at half of the rate")
+            for how, at_once in zip(balance, (1, BURST), strict=True):
+                balance[how].append(servers[TWO].busier(at_once))
+            advance(f"{TWO}, balance")
     tell(outcome, busy, calm, balance)
     return outcome
 
 
-def tell(
-    outcome: Outcome,
-    busy: Samples,
-    calm: dict[str, list[dict[str, float]]],
-    balance: dict[str, dict[str, list[float]]],
-) -> None:
+def tell(outcome: Outcome, busy: Samples, calm: list[dict[str, float]], balance: dict[str, list[float]]) -> None:
     """Make tables and goals of samples."""
 
     def figure(name: str, where: str, what: str) -> Figure:
@@ -251,26 +241,14 @@ def tell(
         outcome.figures[f"logins, {where}"] = {
             name: {what: figure(name, where, what) for what in (RATE, CPU, SERVER, LOAD)} for name in OPTIONS
         }
-    outcome.figures[RATIO] = {
-        name: {where: figure(name, where, RATE).ratio_to(figure(ONE, where, RATE)) for where in (ALL_CORES, APART)}
-        | {
-            BY_CPU: Figure(
-                tuple(2 * x for x in figure(ONE, ALL_CORES, CPU).ratio_to(figure(name, ALL_CORES, CPU)).samples)
-            )
-        }
-        for name in (SHARED, OWN)
-    }
-    outcome.figures[LATENCY] = {
-        name: {what: Figure(tuple(sample[what] for sample in samples)) for what in ("p50", "p99")}
-        for name, samples in calm.items()
-    }
-    outcome.figures[BALANCE] = {
-        name: {how: Figure(tuple(values)) for how, values in columns.items()} for name, columns in balance.items()
-    }
-    for name in (SHARED, OWN):
-        for where in (APART, BY_CPU):
-            what = f"{name}, {where}: logins per second, to 1 worker"
-            outcome.goals.append(Goal(what, outcome.figures[RATIO][name][where], 1.8, "at least"))
+    ratios = {where: figure(TWO, where, RATE).ratio_to(figure(ONE, where, RATE)) for where in (ALL_CORES, APART)}
+    by_cpu = figure(ONE, ALL_CORES, CPU).ratio_to(figure(TWO, ALL_CORES, CPU))
+    ratios[BY_CPU] = Figure(tuple(2 * ratio for ratio in by_cpu.samples))
+    outcome.figures[RATIO] = {TWO: ratios}
+    outcome.figures[LATENCY] = {TWO: {what: Figure(tuple(sample[what] for sample in calm)) for what in ("p50", "p99")}}
+    outcome.figures[BALANCE] = {TWO: {how: Figure(tuple(values)) for how, values in balance.items()}}
+    for where in (APART, BY_CPU):
+        outcome.goals.append(Goal(f"{TWO}, {where}: logins per second, to 1 worker", ratios[where], 1.8, "at least"))
 
 
 def main() -> None:

@@ -146,37 +146,26 @@ def main() -> int:
     return 0
 
 
-def listen(places: int, *, shared: bool = True) -> list[list[socket.socket]]:
-    """Listening sockets of loopback for so many places, all on one port."""
-    first = socket.socket()
-    if shared:
-        first.bind(("127.0.0.1", 0))
-        first.listen()
-        return [[first]] * places
-    sockets = [first, *(socket.socket() for _ in range(places - 1))]
-    for sock in sockets:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(sockets[0].getsockname() if sock is not first else ("127.0.0.1", 0))
-        sock.listen()
-    return [[sock] for sock in sockets]
+def listen() -> socket.socket:
+    """A listening socket of loopback."""
+    return socket.create_server(("127.0.0.1", 0))
 
 
 def make_supervisor(
-    stub: Stub, places: list[list[socket.socket]], *, timing: Timing, grace: float = 30.0, **options: Any
+    stub: Stub, sock: socket.socket, number: int, *, timing: Timing, grace: float = 30.0, **options: Any
 ) -> Supervisor:
-    return Supervisor(
-        places, Work(service=stub.encode(), grace=grace), timing=timing, spawn=partial(spawn, COMMAND), **options
-    )
+    work = Work(service=stub.encode(), grace=grace)
+    return Supervisor([sock], work, number=number, timing=timing, spawn=partial(spawn, COMMAND), **options)
 
 
 def supervise(number: str, stub: str, timing: str) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    places = listen(int(number))
+    sock = listen()
     what = Stub(**json.loads(stub))
     supervisor = make_supervisor(
-        what, places, timing=Timing(**json.loads(timing)), reload=lambda: Work(service=what.encode())
+        what, sock, int(number), timing=Timing(**json.loads(timing)), reload=lambda: Work(service=what.encode())
     )
-    port = places[0][0].getsockname()[1]
+    port = sock.getsockname()[1]
     try:
         trio.run(supervisor.run, lambda: print(f"port {port}", flush=True))
     except ConfigurationError as exc:

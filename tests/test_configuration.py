@@ -152,6 +152,10 @@ def test_relative_paths_are_relative_to_the_file_and_others_to_the_working_direc
         ("[limits]\nidle-timeout = '5m'\n", [":2: unknown key limits.idle-timeout; did you mean idle_timeout?"]),
         ("[limits]\nIdle_Timeout = '5m'\n", [":2: unknown key limits.Idle_Timeout; did you mean idle_timeout?"]),
         ("[listen]\nidle_timeout = '5m'\n", [":2: idle_timeout belongs to the section [limits]"]),
+        (
+            "[workers]\nreuse_port = true\n",
+            [":2: reuse_port is no option any more: all workers accept from the same sockets now"],
+        ),
         # The flag's name.
         ("[listen]\nhost = ['a']\n", [":2: unknown key listen.host; did you mean hosts?"]),
         ("[listen]\nidle_timout = '5m'\n", [":2: unknown key listen.idle_timout; did you mean idle_timeout?"]),
@@ -390,6 +394,13 @@ def test_a_long_list_takes_no_longer_than_it_must(tmp_path: Path, monkeypatch: p
 )
 def test_a_variable_that_looks_like_an_option_was_meant_as_one(name: str, suggested: str) -> None:
     assert problems(None, None, {name: "x"}) == [f"unknown variable {name}; did you mean {suggested}?"]
+
+
+def test_a_variable_of_an_option_that_is_gone_is_not_passed_over() -> None:
+    (problem,) = problems(None, None, {"TRIOSSPI_REUSE_PORT": "yes"})
+    assert problem == (
+        "TRIOSSPI_REUSE_PORT is no variable any more: all workers accept from the same sockets now: leave it out"
+    )
 
 
 def test_variables_that_others_set_are_left_alone() -> None:

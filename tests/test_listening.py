@@ -26,14 +26,13 @@ from harness import make_acceptor, reset_connection
 from triosspi import ConfigurationError, SSPIListener
 from triosspi.service.config.settings import Listen
 from triosspi.service.network import listening
-from triosspi.service.network.descriptors import descriptors_of, inherited_listeners, listeners_from_descriptors
+from triosspi.service.network.descriptors import _adopt, inherited_listeners
 from triosspi.service.network.listening import (
     ANY_HOST,
     close_listeners,
     open_listeners,
     queued,
     remove_socket_files,
-    reuse_port_sockets,
     source_of,
     tune,
     where,
@@ -228,17 +227,6 @@ async def test_another_error_of_one_of_the_addresses_of_a_name_is_one(nothing_le
         taken.listen()
         with pytest.raises(ConfigurationError, match="Address already in use"):
             await open_listeners(Where(hosts=("everywhere",), port=taken.getsockname()[1]), {})
-
-
-async def test_workers_with_sockets_of_their_own_have_those_addresses_too(
-    monkeypatch: pytest.MonkeyPatch, nothing_left_open: None
-) -> None:
-    trio.socket.set_custom_hostname_resolver(Names("127.0.0.2", LOCAL))
-    without(monkeypatch, "127.0.0.2")
-    rows = await reuse_port_sockets(Where(hosts=("everywhere",)), 3, {})
-    assert [[listener.socket.getsockname()[0] for listener in row] for row in rows] == [[LOCAL]] * 3
-    for row in rows:
-        await close_listeners(row)
 
 
 # Takes the IPv6 address from loopback, in a network of its own and nowhere else.
@@ -685,21 +673,26 @@ def test_descriptors_that_were_announced_and_are_not_there_are_an_error(monkeypa
         inherited_listeners(environ)
 
 
+def adopted(descriptors: list[int]) -> list[trio.SocketListener]:
+    """As those that systemd passes on, which are always those from 3 on."""
+    return _adopt((fd, "") for fd in descriptors)
+
+
 def test_a_descriptor_that_is_no_socket_is_an_error_and_all_that_were_taken_are_closed() -> None:
     with socket.create_server((LOCAL, 0)) as server, open(os.devnull, "rb") as null:
         fds = [os.dup(server.fileno()), os.dup(null.fileno())]
         with pytest.raises(ConfigurationError, match="Socket operation on non-socket"):
-            listeners_from_descriptors(fds)
+            adopted(fds)
         for fd in fds:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(fd)
 
 
-async def test_a_child_makes_listeners_of_the_descriptors_that_it_is_given(tmp_path: Path) -> None:
+async def test_descriptors_that_were_passed_on_are_listeners_like_any_other(tmp_path: Path) -> None:
     settings = Where(hosts=(LOCAL, *(["::1"] if has_ipv6() else [])), unix=(tmp_path / "socket",))
     async with listening_on(settings) as listeners:
         # As a child has them: descriptors of the same sockets.
-        theirs = listeners_from_descriptors([os.dup(fd) for fd in descriptors_of(listeners)])
+        theirs = adopted([os.dup(listener.socket.fileno()) for listener in listeners])
         for ours, copy in zip(listeners, theirs, strict=True):
             assert where(ours) == where(copy)
             client = trio.socket.socket(ours.socket.family)
@@ -712,74 +705,6 @@ async def test_a_child_makes_listeners_of_the_descriptors_that_it_is_given(tmp_p
         client, server = await connected(listeners[0])
         async with client, server:
             pass
-
-
-# ---- a socket for each worker ----
-
-
-async def test_each_worker_has_tcp_sockets_of_its_own_on_the_same_addresses_and_all_get_clients(
-    tmp_path: Path,
-) -> None:
-    settings = Where(hosts=(LOCAL, "127.0.0.2"), unix=(tmp_path / "socket",))
-    places = await reuse_port_sockets(settings, 3, {})
-    assert len(places) == 3
-    assert len({tuple(map(where, place)) for place in places}) == 1
-    assert len({listener.socket.fileno() for place in places for listener in place}) == 3 * 2 + 1
-    assert places[0][2] is places[1][2] is places[2][2]
-    for address in range(2):
-        got = await deal_out(64, [place[address] for place in places])
-        # By the clients' ports: that all fall to two of three would be a wonder (1 in 10^10).
-        assert all(got), got
-    await close_listeners(listener for place in places for listener in place)
-    assert not (tmp_path / "socket").exists()
-
-
-async def deal_out(count: int, listeners: list[trio.SocketListener]) -> list[int]:
-    """Connect so many clients to one address; returns how many each listener on it got."""
-    got = [0] * len(listeners)
-
-    async def accept(number: int, scope: trio.CancelScope) -> None:
-        while True:
-            (await listeners[number].accept()).socket.close()
-            got[number] += 1
-            if sum(got) == count:
-                scope.cancel()
-
-    with ExitStack() as stack, trio.fail_after(30):
-        for _ in range(count):
-            client = stack.enter_context(trio.socket.socket())
-            await client.connect(listeners[0].socket.getsockname())
-        async with trio.open_nursery() as nursery:
-            for number in range(len(listeners)):
-                nursery.start_soon(accept, number, nursery.cancel_scope)
-    return got
-
-
-async def test_sockets_for_workers_are_not_shared_with_another_server_by_mistake() -> None:
-    # With SO_REUSEPORT on every socket, the second server would get half of the first one's clients.
-    (place, _) = places = await reuse_port_sockets(Where(), 2, {})
-    port = place[0].socket.getsockname()[1]
-    for settings in (Where(port=port), Where(hosts=("127.0.0.2", LOCAL), port=port)):
-        with pytest.raises(ConfigurationError, match=rf"^cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
-            await reuse_port_sockets(settings, 2, {})
-    await close_listeners(listener for place in places for listener in place)
-
-
-async def test_sockets_from_systemd_are_shared_by_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server((LOCAL, 0)) as server:
-        fd = os.dup(server.fileno())
-        monkeypatch.setattr("triosspi.service.network.descriptors._FIRST", fd)
-        environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
-        first, second = await reuse_port_sockets(Where(), 2, environ)
-        assert first == second
-        assert descriptors_of(first) == (fd,)
-        await close_listeners(first)
-
-
-async def test_a_system_without_reuse_port_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(socket, "SO_REUSEPORT")
-    with pytest.raises(ConfigurationError, match="no SO_REUSEPORT"):
-        await reuse_port_sockets(Where(), 2, {})
 
 
 # ---- accepted connections ----
@@ -851,7 +776,7 @@ async def test_an_ipv4_client_of_a_socket_for_both_families_is_an_ipv4_client() 
         both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         both.bind(("::", 0))
         both.listen()
-        (listener,) = listeners_from_descriptors([os.dup(both.fileno())])
+        (listener,) = adopted([os.dup(both.fileno())])
         client = trio.socket.socket()
         await client.connect((LOCAL, both.getsockname()[1]))
         async with trio.SocketStream(client) as stream, await listener.accept() as server:
@@ -925,6 +850,6 @@ async def test_an_abstract_unix_socket_can_be_passed_on_and_is_named() -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(f"\0{name}")
         sock.listen()
-        (listener,) = listeners_from_descriptors([os.dup(sock.fileno())])
+        (listener,) = adopted([os.dup(sock.fileno())])
         assert where(listener) == f"unix:@{name}"
         await listener.aclose()

@@ -188,7 +188,7 @@ class Scene:
 @asynccontextmanager
 async def scene(
     *lives: Any,
-    places: int = 2,
+    number: int = 2,
     timing: Timing = TIMING,
     grace: float = 30.0,
     started: Callable[[], object] | None = None,
@@ -208,11 +208,8 @@ async def scene(
                 if isinstance(life, OSError):
                     raise life
                 given = Plan.take(os.dup(plan))
-                assert given.tables is not None
-                shared = (*([] if given.board is None else [given.board]), given.tables[0])
-                assert (*given.listeners, *shared) == tuple(listeners)
+                assert (*given.listeners, given.board, given.tables[0]) == tuple(listeners)
                 assert given.listeners == (sock.fileno(),)
-                assert given.contested == (given.listeners if places > 1 else ())
                 end = WorkerLink(
                     socket.socket(fileno=os.dup(link)), given.update, heartbeat=1.0, max_sessions=given.max_sessions
                 )
@@ -222,8 +219,9 @@ async def scene(
                 return worker
 
             it.supervisor = Supervisor(
-                [[sock]] * places,
+                [sock],
                 Work(service=b"what", grace=grace),
+                number=number,
                 timing=timing,
                 notifier=it.notifier,
                 spawn=spawn,
@@ -327,7 +325,7 @@ def test_pauses_double_up_to_a_bound_and_begin_anew_after_a_good_while() -> None
 async def test_a_worker_that_dies_is_replaced_after_pauses_that_grow(
     caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with scene(dying_after(100), *[dying_after(1)] * 7, places=1) as it:
+    async with scene(dying_after(100), *[dying_after(1)] * 7, number=1) as it:
         await it.started.wait()
         await trio.sleep(300)
         lives = [(worker.born, worker.died) for worker in it.workers]
@@ -377,7 +375,7 @@ async def test_a_worker_that_leaves_by_itself_is_replaced_before_it_has_ended(
             await trio.sleep(20)
             nursery.cancel_scope.cancel()
 
-    async with scene(leaving, places=1) as it:
+    async with scene(leaving, number=1) as it:
         await it.started.wait()
         await trio.sleep(101)
         assert len(it.alive()) == 2
@@ -390,7 +388,7 @@ async def test_a_worker_that_leaves_by_itself_is_replaced_before_it_has_ended(
 
 async def test_the_caller_hears_of_every_end(autojump_clock: trio.testing.MockClock) -> None:
     ended: list[int] = []
-    async with scene(dying_after(1), places=1, on_end=ended.append) as it:
+    async with scene(dying_after(1), number=1, on_end=ended.append) as it:
         await it.started.wait()
         await trio.sleep(10)
         assert ended == [it.workers[0].pid]
@@ -405,7 +403,7 @@ async def test_the_caller_hears_of_every_end(autojump_clock: trio.testing.MockCl
 async def test_a_silent_worker_is_killed_and_replaced_having_shown_where_it_stands(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with scene(silent, places=1) as it:
+    async with scene(silent, number=1) as it:
         await it.started.wait()
         await trio.sleep(40)
         first, second = it.workers
@@ -418,7 +416,7 @@ async def test_a_silent_worker_is_killed_and_replaced_having_shown_where_it_stan
 async def test_a_supervisor_that_was_stopped_itself_takes_nobody_for_silent(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with scene(silent, places=1) as it:
+    async with scene(silent, number=1) as it:
         await it.started.wait()
         for _ in range(5):
             autojump_clock.jump(3600)
@@ -444,7 +442,7 @@ async def test_a_worker_that_talks_nonsense_is_killed(nonsense: bytes, autojump_
                 break
         await trio.sleep_forever()
 
-    async with scene(raving, places=1) as it:
+    async with scene(raving, number=1) as it:
         await it.started.wait()
         await trio.sleep(5)
         assert it.workers[0].told == ["SIGQUIT", "SIGKILL"]
@@ -457,7 +455,7 @@ async def test_a_worker_that_hangs_up_and_stays_is_killed(autojump_clock: trio.t
         worker.link.close()
         await trio.sleep_forever()
 
-    async with scene(hanging_up, places=1) as it:
+    async with scene(hanging_up, number=1) as it:
         await it.started.wait()
         await trio.sleep(40)
         assert it.workers[0].told == ["SIGQUIT", "SIGKILL"]
@@ -474,7 +472,7 @@ async def test_the_watchdog_is_fed_only_while_somebody_serves_and_nobody_hangs(
         worker.link.ready()
         await unkillable.wait()
 
-    async with scene(waiting_for_a_disk, watchdog=4.0, places=1) as it:
+    async with scene(waiting_for_a_disk, watchdog=4.0, number=1) as it:
         await it.started.wait()
         await trio.sleep(29)
         fed = it.notifier.told.count("WATCHDOG=1")
@@ -529,7 +527,7 @@ async def test_a_worker_that_has_had_its_sessions_goes_when_another_is_ready_one
 async def test_a_worker_stays_though_it_has_had_its_sessions_while_no_other_can_start(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with scene(serving_sessions(7), failing("no"), OSError(12, "x"), never_ready, max_sessions=7, places=1) as it:
+    async with scene(serving_sessions(7), failing("no"), OSError(12, "x"), never_ready, max_sessions=7, number=1) as it:
         await it.started.wait()
         first = it.workers[0]
         await trio.sleep(60)
@@ -558,7 +556,7 @@ async def test_who_is_with_a_worker_that_is_replaced_may_stay_until_the_next_one
 
         return life
 
-    async with scene(staying(10), staying(1000), staying(1000), max_sessions=7, places=1) as it:
+    async with scene(staying(10), staying(1000), staying(1000), max_sessions=7, number=1) as it:
         await it.started.wait()
         await trio.sleep(900)
         first, second = it.workers
@@ -717,9 +715,9 @@ def closing_late(seconds: float) -> Callable[[Worker], Awaitable[None]]:
 async def test_one_worker_is_told_that_it_is_the_last_and_goes_when_the_others_have_closed_their_sockets(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    async with scene(closing_late(0.1), closing_late(1), closing_late(2), places=3, sole=True) as it:
+    async with scene(closing_late(0.1), closing_late(1), closing_late(2), number=3, sole=True) as it:
         await it.started.wait()
-        sock = it.supervisor._places[0][0]
+        sock = it.supervisor._sockets[0]
         open_then: list[int] = []
         last = it.workers[0].link
         told, last.on_parent_gone = last.on_parent_gone, lambda: (open_then.append(sock.fileno()), told())
@@ -747,7 +745,7 @@ async def test_the_last_one_is_not_one_that_hangs_or_dies_meanwhile(autojump_clo
         worker.link.on_last = lambda: worker.end(-signal.SIGSEGV)
         await deaf(worker)
 
-    async with scene(dying, silent, serving, places=3, sole=True) as it:
+    async with scene(dying, silent, serving, number=3, sole=True) as it:
         await it.started.wait()
         start = trio.current_time()
         it.supervisor.stop()
@@ -875,7 +873,7 @@ async def test_a_worker_that_does_not_read_has_the_newest_and_no_half_of_it_when
         await serving(worker)
 
     count = itertools.count(1)
-    async with scene(busy, places=1, reload=lambda: Work(service=b"%d" % next(count) * 100_000)) as it:
+    async with scene(busy, number=1, reload=lambda: Work(service=b"%d" % next(count) * 100_000)) as it:
         await it.started.wait()
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(300):
@@ -961,7 +959,7 @@ async def test_a_worker_that_does_not_answer_delays_a_reload_but_for_a_while(
 
 
 async def test_a_worker_that_dies_does_not_delay_a_reload(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1, reload=lambda: Work(service=b"new")) as it:
+    async with scene(deaf, number=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -977,7 +975,7 @@ async def test_a_worker_that_is_starting_reloads_when_it_has_started(autojump_cl
         await began.wait()
         await serving(worker)
 
-    async with scene(dying_after(100), late, places=1, reload=lambda: Work(service=b"new")) as it:
+    async with scene(dying_after(100), late, number=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         await trio.sleep(101)
         signal.raise_signal(signal.SIGHUP)
@@ -998,7 +996,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
         await began.wait()
         await serving(worker)
 
-    async with scene(late, places=1, reload=lambda: Work(service=b"new")) as it:
+    async with scene(late, number=1, reload=lambda: Work(service=b"new")) as it:
         await settle()
         signal.raise_signal(signal.SIGHUP)
         await settle()
@@ -1009,7 +1007,7 @@ async def test_a_signal_to_reload_before_all_is_ready_is_not_lost_and_kills_nobo
 
 
 async def test_to_stop_ends_a_reload_that_nobody_answers(autojump_clock: trio.testing.MockClock) -> None:
-    async with scene(deaf, places=1, reload=lambda: Work(service=b"new")) as it:
+    async with scene(deaf, number=1, reload=lambda: Work(service=b"new")) as it:
         await it.started.wait()
         signal.raise_signal(signal.SIGHUP)
         await settle()

@@ -99,7 +99,13 @@ async def running(link: WorkerLink) -> AsyncIterator[list[str]]:
 
 def test_a_plan_survives_its_way_and_is_nowhere_on_a_disk() -> None:
     plan = Plan(
-        number=2, listeners=(5, 6), update=Update(generation=3, service=bytes(range(256))), max_sessions=7, alarm=60.0
+        number=2,
+        listeners=(5, 6),
+        board=7,
+        tables=(8, None),
+        update=Update(generation=3, service=bytes(range(256))),
+        max_sessions=7,
+        alarm=60.0,
     )
     with plan.file() as file:
         assert "memfd" in os.readlink(f"/proc/self/fd/{file.fileno()}")

@@ -41,9 +41,9 @@ def stub(tmp_path: Path) -> Stub:
 class Service:
     """A running supervisor, in this process."""
 
-    def __init__(self, supervisor: Supervisor, places: list[list[socket.socket]]) -> None:
+    def __init__(self, supervisor: Supervisor, sock: socket.socket) -> None:
         self.supervisor = supervisor
-        self.address = places[0][0].getsockname()
+        self.address = sock.getsockname()
         self.stopping = False
         self.over = trio.Event()
 
@@ -70,16 +70,12 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def serving(
-    stub: Stub, number: int = 2, *, timing: Timing = PATIENT, shared: bool = True, **options: Any
-) -> AsyncIterator[Service]:
+async def serving(stub: Stub, number: int = 2, *, timing: Timing = PATIENT, **options: Any) -> AsyncIterator[Service]:
     """A supervisor that has started; stopped in the end, and nothing may be left of it."""
     before = descriptors(os.getpid())
-    places = listen(number, shared=shared)
-    service = Service(
-        make_supervisor(stub, places, timing=timing, **{"grace": 0.2 if timing is STRICT else PATIENCE, **options}),
-        places,
-    )
+    sock = listen()
+    options = {"grace": 0.2 if timing is STRICT else PATIENCE, **options}
+    service = Service(make_supervisor(stub, sock, number, timing=timing, **options), sock)
     started = trio.Event()
 
     async def run() -> None:
@@ -152,9 +148,10 @@ async def test_a_worker_has_its_sockets_its_link_and_nothing_else_of_the_parents
             shared = set(links) & set(links_of(os.getpid()))
             # Standard output and error may be anything.
             shared -= {os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)}
-            # What workers know together of sources and accounts; its plan is read and closed.
-            assert [link for link in links if "memfd" in link] == ["/memfd:triosspi-tables (deleted)"]
-            shared -= {"/memfd:triosspi-tables (deleted)"}
+            # What workers know together of each other, of sources and of accounts; its plan is read and closed.
+            common = {"/memfd:triosspi-board (deleted)", "/memfd:triosspi-tables (deleted)"}
+            assert {link for link in links if "memfd" in link} == common
+            shared -= common
             assert len([link for link in shared if not link.startswith("anon_inode")]) == 1
             assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
     finally:
@@ -183,9 +180,8 @@ async def test_a_terminals_signals_do_not_reach_workers(stub: Stub) -> None:
         assert os.getpgid(0) not in groups
 
 
-@pytest.mark.parametrize("shared", [True, False])
-async def test_every_worker_serves(stub: Stub, shared: bool) -> None:
-    async with serving(stub, 2, shared=shared) as service:
+async def test_every_worker_serves(stub: Stub) -> None:
+    async with serving(stub, 2) as service:
         answered: set[int] = set()
         while answered != service.pids():
             answered.add(await service.ask())
@@ -208,7 +204,7 @@ async def test_a_worker_that_crashes_is_replaced_and_the_other_serves_on(stub: S
 async def test_who_waits_for_a_dead_worker_is_served_by_its_replacement(stub: Stub) -> None:
     # With a socket of its own for each worker, nobody else could accept him.
     stub.first = "hang"
-    async with serving(stub, 1, timing=STRICT, shared=False) as service:
+    async with serving(stub, 1, timing=STRICT) as service:
         (hanging,) = service.pids()
         async with await trio.open_tcp_stream(*service.address) as last:
             assert int(await last.receive_some()) == hanging
@@ -271,23 +267,23 @@ async def test_a_worker_that_was_sent_sigterm_alone_is_replaced(stub: Stub) -> N
 async def test_the_start_fails_with_the_reason_of_the_worker_that_fails(stub: Stub) -> None:
     stub.first = "fail"
     with pytest.raises(ConfigurationError, match=r"^the accounts are not there$"):
-        await make_supervisor(stub, listen(2), timing=PATIENT).run()
+        await make_supervisor(stub, listen(), 2, timing=PATIENT).run()
 
 
 async def test_the_start_fails_when_a_worker_ends_without_a_word(stub: Stub) -> None:
     stub.mode = stub.first = "leave"
     with pytest.raises(ConfigurationError, match=r"ended before it was ready \(exit status 4\)"):
-        await make_supervisor(stub, listen(2), timing=PATIENT).run()
+        await make_supervisor(stub, listen(), 2, timing=PATIENT).run()
 
 
 async def test_the_start_fails_when_a_worker_is_never_ready(stub: Stub) -> None:
     stub.first = "never ready"
     with pytest.raises(ConfigurationError, match=r"was not ready after 1 s"):
-        await make_supervisor(stub, listen(2), timing=Timing(heartbeat=0.05, start=1.0)).run()
+        await make_supervisor(stub, listen(), 2, timing=Timing(heartbeat=0.05, start=1.0)).run()
 
 
 async def test_a_program_that_cannot_be_started_is_a_plain_error() -> None:
-    supervisor = Supervisor(listen(2), Work(service=b""), spawn=partial(spawn, ["/nowhere/at/all"]))
+    supervisor = Supervisor([listen()], Work(service=b""), number=2, spawn=partial(spawn, ["/nowhere/at/all"]))
     before = descriptors(os.getpid())
     with pytest.raises(ConfigurationError, match="^cannot start worker 1: No such file or directory$"):
         await supervisor.run()
@@ -309,9 +305,9 @@ async def test_a_worker_that_has_had_its_sessions_is_replaced_and_no_client_noti
 
 async def test_a_supervisor_that_is_cancelled_leaves_nobody_behind(stub: Stub) -> None:
     stub.first = stub.mode = "deaf"
-    places = listen(2)
+    sock = listen()
     before = descriptors(os.getpid())
-    supervisor = make_supervisor(stub, places, timing=PATIENT)
+    supervisor = make_supervisor(stub, sock, 2, timing=PATIENT)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(supervisor.run, nursery.cancel_scope.cancel)
     assert descriptors(os.getpid()) == before - 1

@@ -90,9 +90,8 @@ async def ask_until(port: int, enough: Callable[[set[int]], bool]) -> set[int]:
     return answered
 
 
-@pytest.mark.parametrize("sockets", ["--reuse-port", "--no-reuse-port"])
-async def test_every_worker_serves_clients_on_the_one_port(folder: Path, sockets: str) -> None:
-    with serving(folder, sockets) as program:
+async def test_every_worker_serves_clients_on_the_one_port(folder: Path) -> None:
+    with serving(folder) as program:
         port = program.expect_port()
         pids = set(workers_of(program.process.pid))
         assert len(pids) == 2

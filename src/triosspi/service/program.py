@@ -26,7 +26,7 @@ from .config.fitting import UNPROXIED, fitted, misfits
 from .config.options import OptionError
 from .config.settings import Connections, Limits, Listen, LiveSettings, Settings, StartSettings, only_by_restart
 from .demo import DemoAccount
-from .network.listening import close_listeners, open_listeners, remove_socket_files, reuse_port_sockets
+from .network.listening import close_listeners, open_listeners, remove_socket_files
 from .network.unix_sockets import UNIX
 from .observe.logs import configure as configure_logs
 from .observe.metrics import Metrics, WorkerMetrics, worker_metrics
@@ -162,11 +162,7 @@ class Program:
         """Serve in worker processes, see `Supervisor`."""
         workers = self.start.workers
         sole = _has_sockets_alone()
-        if workers.reuse_port:
-            places = await reuse_port_sockets(self.start.listen, workers.workers)
-        else:
-            places = [await open_listeners(self.start.listen)] * workers.workers
-        listeners = list(dict.fromkeys(listener for place in places for listener in place))
+        listeners = await open_listeners(self.start.listen)
         _tell_unproxied(self.start.listen, configuration.settings.live.connections, listeners)
         try:
             with ExitStack() as stack:
@@ -178,8 +174,9 @@ class Program:
                     # Workers count in files, which has to be known to them when they start.
                     os.environ.update(metrics.environment)
                 supervisor = Supervisor(
-                    [[listener.socket for listener in place] for place in places],
+                    [listener.socket for listener in listeners],
                     self.work(configuration),
+                    number=workers.workers,
                     timing=Timing(heartbeat_timeout=workers.heartbeat_timeout),
                     max_sessions=workers.max_sessions,
                     sole=sole,

@@ -25,7 +25,7 @@ from ... import _texts
 from ..._errors import ConfigurationError
 from ..reasons import only_configuration_errors
 from .options import Option, OptionError
-from .settings import PARTS, SECTIONS, Settings, all_options
+from .settings import PARTS, REMOVED, SECTIONS, Settings, all_options
 
 PREFIX: Final = "TRIOSSPI_"
 #: The variable for the file itself.
@@ -194,9 +194,13 @@ def _read_environment(
             yield option, environ[fallback], fallback
     for name in environ:
         if name.startswith(PREFIX) and name not in options and name not in _OTHER_VARIABLES:
+            key = name.removeprefix(PREFIX).lower()
+            if key in REMOVED:
+                errors.append(f"{name} is no variable any more: {REMOVED[key]}")
+                continue
             # Others may have variables of this prefix (an image its version, Kubernetes its services); but one that looks
             # like an option was meant as one.
-            near = difflib.get_close_matches(name.removeprefix(PREFIX).lower(), all_options(), 1, cutoff=0.8)
+            near = difflib.get_close_matches(key, all_options(), 1, cutoff=0.8)
             if near:
                 errors.append(f"unknown variable {name}; did you mean {all_options()[near[0]].variable}?")
 
@@ -287,6 +291,8 @@ def _misplaced(statement: _Statement, unknown: set[str]) -> str | None:
         return None
     if key in options:
         return f"{key} belongs to the section [{options[key].section}]"
+    if key in REMOVED:
+        return f"{key} is no option any more: {REMOVED[key]}"
     own = [name for name, option in options.items() if option.section == table]
     return f"unknown key {table}.{_name(key)}{_did_you_mean(key, own, options)}"
 

@@ -208,10 +208,6 @@ class Workers(StartSection, frozen=True, kw_only=True):
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=1024)], About("Processes; auto: as many as usable cores.", kinds.WORKERS)
     ] = 1
-    # With the shared socket a login waits for no worker that is busy: at half of what two can do, p99 was 5 ms, and 40 with
-    # sockets of their own; and a worker that hangs or starts again keeps nobody waiting. Logins per second are the same,
-    # and shares are even enough (see workers.balance; bench/bench_workers.py measures it).
-    reuse_port: Annotated[bool, About("Give each process sockets of its own (SO_REUSEPORT).")] = False
     heartbeat_timeout: Annotated[Seconds, About("Replace a process that hangs for so long.", kinds.DURATION)] = 30.0
     max_sessions: Annotated[Count | None, About("Replace a process after so many logins.", none="off")] = None
 
@@ -336,6 +332,8 @@ PARTS: Final[dict[str, type[Section]]] = {
     "metrics": Metrics,
     "reload": Reload,
 }
+#: Options that there were once, and what to do where one is still written somewhere.
+REMOVED: Final = {"reuse_port": "all workers accept from the same sockets now: leave it out"}
 #: The file's sections.
 SECTIONS: Final[tuple[str, ...]] = tuple(dict.fromkeys(part.section for part in PARTS.values()))
 

@@ -98,23 +98,15 @@ async def open_listeners(
     Raises:
       ConfigurationError: somewhere it is not possible; then nothing is left open.
     """
-    (listeners,) = await _open(settings, environ, 1, reuse_port=False)
+    inherited = inherited_listeners(os.environ if environ is None else environ)
+    if inherited:
+        return inherited
+    with ExitStack() as undo:
+        # Whoever names a unix socket and no host does not want to be reached from everywhere.
+        listeners = await _open_tcp(settings, undo) if settings.hosts or not settings.unix else []
+        listeners += [_open_unix(path, settings, undo) for path in settings.unix]
+        undo.pop_all()
     return listeners
-
-
-async def reuse_port_sockets(
-    settings: ListenSettings, count: int, environ: MutableMapping[str, str] | None = None
-) -> list[list[trio.SocketListener]]:
-    """Listen everywhere, with TCP sockets of its own for each of ``count`` workers (SO_REUSEPORT).
-
-    The kernel then deals out connections among the workers. Unix sockets, and those that systemd has
-    opened, are shared: the same listeners stand in each list.
-
-    See `open_listeners` for details.
-    """
-    if not hasattr(socket, "SO_REUSEPORT"):
-        raise ConfigurationError("this system has no SO_REUSEPORT: its workers must share their sockets")
-    return await _open(settings, environ, count, reuse_port=True)
 
 
 async def close_listeners(listeners: Iterable[trio.SocketListener]) -> None:
@@ -156,25 +148,6 @@ def where(listener: trio.SocketListener) -> str:
     return format_address(host, port)
 
 
-async def _open(
-    settings: ListenSettings, environ: MutableMapping[str, str] | None, count: int, *, reuse_port: bool
-) -> list[list[trio.SocketListener]]:
-    inherited = inherited_listeners(os.environ if environ is None else environ)
-    if inherited:
-        return [list(inherited) for _ in range(count)]
-    with ExitStack() as undo:
-        rows: list[list[trio.SocketListener]] = [[] for _ in range(count)]
-        # Whoever names a unix socket and no host does not want to be reached from everywhere.
-        if settings.hosts or not settings.unix:
-            rows = await _open_tcp(settings, count, undo, reuse_port=reuse_port)
-        for path in settings.unix:
-            listener = _open_unix(path, settings, undo)
-            for row in rows:
-                row.append(listener)
-        undo.pop_all()
-    return rows
-
-
 def _open_unix(path: Path, settings: ListenSettings, undo: ExitStack) -> trio.SocketListener:
     # Not `resolve`: where there is a link it is looked at, not followed.
     sock, file = open_unix_socket(Path(os.path.abspath(path)), settings.unix_mode, _backlog(settings))
@@ -196,15 +169,13 @@ def _listener(sock: socket.socket) -> trio.SocketListener:
 # TCP
 
 
-async def _open_tcp(
-    settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
-) -> list[list[trio.SocketListener]]:
+async def _open_tcp(settings: ListenSettings, undo: ExitStack) -> list[trio.SocketListener]:
     for tries_left in reversed(range(_TRIES)):
         try:
             with ExitStack() as attempt:
-                rows = await _bind_all(settings, count, attempt, reuse_port=reuse_port)
+                sockets = await _bind_all(settings, attempt)
                 undo.push(attempt.pop_all())
-                return rows
+                return [_listener(sock) for sock in sockets]
         except _PortTaken:
             if not tries_left:
                 raise
@@ -215,50 +186,43 @@ class _PortTaken(ConfigurationError):
     """A port that the system has chosen for one address is not free on another."""
 
 
-async def _bind_all(
-    settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
-) -> list[list[trio.SocketListener]]:
-    rows: list[list[trio.SocketListener]] = [[] for _ in range(count)]
+async def _bind_all(settings: ListenSettings, undo: ExitStack) -> list[socket.socket]:
+    sockets: list[socket.socket] = []
     port = settings.port
     for host in settings.hosts or ANY_HOST:
         try:
-            for sockets in await _bind_host(host, port, settings, count, undo, reuse_port=reuse_port):
-                for row, sock in zip(rows, sockets, strict=True):
-                    row.append(_listener(sock))
-                # The system's choice for the first address serves the others too.
-                port = sockets[0].getsockname()[1]
+            sockets += await _bind_host(host, port, settings, undo)
+            # The system's choice for the first address serves the others too.
+            port = sockets[0].getsockname()[1]
         except OSError as exc:
-            if not settings.hosts and rows[0] and exc.errno in _NO_SUCH_ADDRESS:
+            if not settings.hosts and sockets and exc.errno in _NO_SUCH_ADDRESS:
                 continue
             taken = exc.errno == errno.EADDRINUSE and not settings.port
             raise _cannot_listen(format_address(host, port), reason(exc), taken=taken) from None
         except UnicodeError:
             raise _cannot_listen(format_address(host, port), "no host can be called so") from None
-    return rows
+    return sockets
 
 
-async def _bind_host(
-    host: str, port: int, settings: ListenSettings, count: int, undo: ExitStack, *, reuse_port: bool
-) -> list[list[socket.socket]]:
-    """Bind ``count`` sockets to each address of a host, as far as this machine has it.
+async def _bind_host(host: str, port: int, settings: ListenSettings, undo: ExitStack) -> list[socket.socket]:
+    """Bind a socket to each address of a host, as far as this machine has it.
 
     A name may have one that it has not: in /etc/hosts "localhost" is ::1, too, where a container has no IPv6.
 
     Raises:
       OSError: it has none of them, or one of them cannot be bound.
     """
-    found: list[list[socket.socket]] = []
+    found: list[socket.socket] = []
     missing: list[tuple[str, OSError]] = []
     for family, address in await _resolve(host, port):
         try:
-            sockets = _bind(family, (address[0], port, *address[2:]), settings, count, undo, reuse_port=reuse_port)
+            found.append(_bind(family, (address[0], port, *address[2:]), settings, undo))
         except OSError as exc:
             if exc.errno not in _NO_SUCH_ADDRESS:
                 raise
             missing.append((address[0], exc))
         else:
-            found.append(sockets)
-            port = sockets[0].getsockname()[1]
+            port = found[0].getsockname()[1]
     if not found:
         raise missing[0][1]
     for skipped, error in missing:
@@ -287,45 +251,29 @@ def _has_ipv6() -> bool:
 
 
 def _bind(
-    family: socket.AddressFamily,
-    address: tuple[Any, ...],
-    settings: ListenSettings,
-    count: int,
-    undo: ExitStack,
-    *,
-    reuse_port: bool,
-) -> list[socket.socket]:
-    """Bind ``count`` sockets to one address, and listen.
+    family: socket.AddressFamily, address: tuple[Any, ...], settings: ListenSettings, undo: ExitStack
+) -> socket.socket:
+    """Bind a socket to an address, and listen.
 
     Raises:
       OSError: it is not possible.
     """
-    sockets: list[socket.socket] = []
-    for _ in range(count):
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        undo.callback(sock.close)
-        if os.name != "nt":
-            # Else a restart would have to wait for the last connections' TIME_WAIT.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            # IPv4 has sockets of its own.
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if sockets:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            address = sockets[0].getsockname()
-        try:
-            sock.bind(address)
-        except OSError:
-            # It may be forgiven, and then nobody undoes anything.
-            sock.close()
-            raise
-        if reuse_port and not sockets:
-            # Only now: with it, binding would succeed beside another server of the same user, and the two
-            # would share the clients between them.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.listen(_backlog(settings))
-        sockets.append(sock)
-    return sockets
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    undo.callback(sock.close)
+    if os.name != "nt":
+        # Else a restart would have to wait for the last connections' TIME_WAIT.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        # IPv4 has sockets of its own.
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        sock.bind(address)
+    except OSError:
+        # It may be forgiven, and then nobody undoes anything.
+        sock.close()
+        raise
+    sock.listen(_backlog(settings))
+    return sock
 
 
 def _cannot_listen(place: str, why: str, *, taken: bool = False) -> ConfigurationError:

@@ -4,8 +4,8 @@
 # there is work: who is busy comes late, so connections go where there is time for them, and none waits for a worker that
 # hangs. Where there is no work it is bad: the kernel wakes them in the same order always, so the same one always wins (of 1,000
 # clients that came one by one, one of two workers got 730 to 940); sessions that last for a day are still there when there
-# is work, and the caps on connections hold for each worker. SO_REUSEPORT deals evenly, by a hash; but whoever was
-# dealt to a worker that is busy, dead or hanging waits for that one.
+# is work, and the caps on connections hold for each worker. Sockets of their own (SO_REUSEPORT) are dealt to evenly, by a hash; but whoever
+# was dealt to a worker that is busy, dead or hanging waits for that one, and logins per second are no more.
 #
 # So workers share, and tell each other how many connections they have: a number each, in memory that all have mapped. Who
 # has more than another gives the others a moment for a new one; and another, as long as he sees that they come and take. Who

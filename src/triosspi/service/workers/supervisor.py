@@ -30,7 +30,6 @@ import os
 import select
 import signal
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -76,14 +75,6 @@ def _tell(whom: Callable[..., object] | None, *what: object) -> None:
         log.error("%s; the service goes on", described(exc))  # noqa: TRY400 - the reason is all there is to it
 
 
-def _waited_on(sockets: Sequence[ListeningSocket]) -> bool:
-    """Whether anybody is queued on one of these."""
-    poll = select.poll()
-    for sock in sockets:
-        poll.register(sock.fileno(), select.POLLIN)
-    return bool(poll.poll(0))
-
-
 class Pauses:
     """How long to wait before the next try, after each that failed."""
 
@@ -107,12 +98,12 @@ class Pauses:
 
 
 class Supervisor:
-    """Worker processes, one for each place.
+    """Worker processes that accept from the same sockets.
 
     Args:
-      places: the listening sockets that the worker of each place accepts from; two places may share them. They
-          are this object's from now on, and closed when it stops.
+      sockets: the listening sockets. They are this object's from now on, and closed when it stops.
       work: what the workers serve until there is another.
+      number: how many workers there are.
       timing: see `Timing`.
       max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first, and its sessions
           may go on until the replacement is replaced in its turn.
@@ -129,9 +120,10 @@ class Supervisor:
 
     def __init__(
         self,
-        places: Sequence[Sequence[ListeningSocket]],
+        sockets: Sequence[ListeningSocket],
         work: Work,
         *,
+        number: int,
         timing: Timing | None = None,
         max_sessions: int | None = None,
         sole: bool = False,
@@ -142,7 +134,8 @@ class Supervisor:
         on_end: Callable[[int], object] | None = None,
         spawn: Spawn = _SPAWN,
     ) -> None:
-        self._places = [list(place) for place in places]
+        self._sockets = list(sockets)
+        self._number = number
         self._board: Board | None = None
         self._work = work
         self._tables: Tables | None = None
@@ -216,12 +209,6 @@ class Supervisor:
         if failure is not None:
             raise failure
 
-    @property
-    def _contested(self) -> list[int]:
-        """The sockets that are at more than one place."""
-        times = Counter(sock.fileno() for place in self._places for sock in place)
-        return [fd for fd, number in times.items() if number > 1]
-
     # Starting and replacing
 
     async def _serve(self, started: Callable[[], object] | None) -> None:
@@ -229,15 +216,14 @@ class Supervisor:
         if not hasattr(os, "memfd_create"):
             raise ConfigurationError("several workers need Linux: start with one")
         try:
-            if self._contested:
-                self._board = Board.make(len(self._places))
+            self._board = Board.make(self._number)
             # A worker that is replaced finishes beside its successor.
-            columns = 2 * len(self._places)
+            columns = 2 * self._number
             self._tables = Tables.make(columns)
             self._columns = Columns(self._tables, columns)
         except OSError as exc:
             raise ConfigurationError(f"cannot start workers: {reason(exc)}") from None
-        first = [await self._launch(number) for number in range(1, len(self._places) + 1)]
+        first = [await self._launch(number) for number in range(1, self._number + 1)]
         for worker in first:
             await worker.settled.wait()
             if not worker.ready.is_set():
@@ -303,18 +289,18 @@ class Supervisor:
           ConfigurationError: the system does not let it start.
         """
         _tell(self._on_start)
-        listeners = tuple(sock.fileno() for sock in self._places[number - 1])
-        board = None if self._board is None else self._board.fileno()
+        listeners = tuple(sock.fileno() for sock in self._sockets)
         work = self._work
+        assert self._board is not None
         assert self._tables is not None
+        board, tables = self._board.fileno(), self._tables.fileno()
         column = self._columns.take()
         plan = Plan(
             number=number,
             listeners=listeners,
-            contested=tuple(self._contested),
             board=board,
             update=work.update,
-            tables=(self._tables.fileno(), column),
+            tables=(tables, column),
             heartbeat=self._timing.heartbeat,
             max_sessions=self._max_sessions,
             alarm=_ALARM * self._timing.heartbeat_timeout,
@@ -323,8 +309,7 @@ class Supervisor:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    shared = [*([] if board is None else [board]), self._tables.fileno()]
-                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, *shared))
+                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, board, tables))
             except BaseException:
                 ours.close()
                 raise
@@ -363,7 +348,7 @@ class Supervisor:
         draining = sum(worker.draining.is_set() for worker in self._workers)
         retired = sum(worker.retired and not worker.draining.is_set() for worker in self._workers)
         ready = sum(worker.ready.is_set() and not worker.draining.is_set() for worker in self._workers) - retired
-        status = f"{ready} of {len(self._places)} workers ready"
+        status = f"{ready} of {self._number} workers ready"
         for number, what in ((draining, "draining"), (retired, "retired")):
             status += f", {number} {what}" if number else ""
         return status
@@ -420,33 +405,28 @@ class Supervisor:
             await worker.ended.wait()
 
     async def _hand_over(self) -> None:
-        """Have each socket with one worker and with this process alone; or with nobody, where nobody is queued on it."""
-        groups: dict[tuple[ListeningSocket, ...], set[int]] = {}
-        for number, place in enumerate(self._places, 1):
-            groups.setdefault(tuple(place), set()).add(number)
+        """Have the sockets with one worker and with this process alone; or with nobody, where nobody is queued on them."""
         while True:
-            heirs = [(await self._find_heir(numbers, sockets), sockets) for sockets, numbers in groups.items()]
-            others = self._workers - {heir for heir, _ in heirs}
+            heir = await self._find_heir()
+            others = self._workers - {heir}
             for worker in others:
                 worker.drain()
             with trio.move_on_after(self._timing.closing):
                 for worker in others:
                     await worker.wait_closed()
             # One that was told to go by somebody else meanwhile has emptied the queue once, and not for the last time.
-            if all((heir is not None and heir.serving) or not _waited_on(sockets) for heir, sockets in heirs):
+            if (heir is not None and heir.serving) or not self._waited_on():
                 return
 
-    async def _find_heir(self, numbers: set[int], sockets: Sequence[ListeningSocket]) -> WorkerProcess | None:
-        """A worker of these places that will empty its sockets; None: there is none, and nobody is queued."""
+    async def _find_heir(self) -> WorkerProcess | None:
+        """A worker that will empty the sockets; None: there is none, and nobody is queued."""
         for worker in self.workers:
-            if worker.number in numbers and worker.serving and await worker.make_last():
+            if worker.serving and await worker.make_last():
                 return worker
-        while _waited_on(sockets):
-            starting = (
-                w for w in self.workers if w.number in numbers and not (w.settled.is_set() or w.draining.is_set())
-            )
+        while self._waited_on():
+            starting = (w for w in self.workers if not (w.settled.is_set() or w.draining.is_set()))
             try:
-                worker = next(starting, None) or await self._launch(min(numbers))
+                worker = next(starting, None) or await self._launch(1)
             except ConfigurationError as exc:
                 log.error("%s", exc)  # noqa: TRY400 - the reason is all there is to it
                 return None
@@ -455,10 +435,16 @@ class Supervisor:
                 return worker
         return None
 
+    def _waited_on(self) -> bool:
+        """Whether anybody is queued on one of the sockets."""
+        poll = select.poll()
+        for sock in self._sockets:
+            poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def _close(self) -> None:
-        for place in self._places:
-            for sock in place:
-                sock.close()
+        for sock in self._sockets:
+            sock.close()
 
     async def _reload_when_asked(self, reading: Reading[Work]) -> None:
         while True:

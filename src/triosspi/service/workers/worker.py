@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
     link_fd, plan_fd = map(int, arguments)
     plan = Plan.take(plan_fd)
     (sock,) = take_descriptors([link_fd])
-    share = None if plan.board is None else Share(Board(plan.board), plan.number)
+    share = Share(Board(plan.board), plan.number)
     link = WorkerLink(
         sock,
         plan.update,
@@ -39,8 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         alarm=plan.alarm,
         share=share,
     )
-    if plan.tables is not None:
-        link.tables = Tables.of(*plan.tables)
+    link.tables = Tables.of(*plan.tables)
     # Until the server takes them, signals end the process, and that quietly.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(RuntimeError, OSError, ValueError):
@@ -48,12 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     try:
         program = unpickled(plan.update.service)
-        listeners: list[trio.abc.Listener[trio.SocketStream]] = [
-            trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-            if share is None or listener.fileno() not in plan.contested
-            else BalancedListener(listener, share)
-            for listener in take_descriptors(plan.listeners)
-        ]
+        listeners = [BalancedListener(listener, share) for listener in take_descriptors(plan.listeners)]
         trio.run(program.serve, listeners, link)
     except ConfigurationError as exc:
         link.failed(str(exc))

@@ -138,9 +138,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Attributes:
       number: of the worker's place, from 1, for people.
-      listeners: descriptors of listening sockets.
-      contested: those of them that other workers accept from, too.
-      board: descriptor of the `Board` on which they agree about it; None: none is contested.
+      listeners: descriptors of the listening sockets, which all workers accept from.
+      board: descriptor of the `Board` on which they agree about it.
       tables: descriptor of the `Tables` that all workers share, and this one's column in them.
       update: what to serve, until there is another.
       heartbeat: seconds between two heartbeats.
@@ -150,9 +149,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     number: int
     listeners: tuple[int, ...]
-    contested: tuple[int, ...] = ()
-    board: int | None = None
-    tables: tuple[int, int | None] | None = None
+    board: int
+    tables: tuple[int, int | None]
     update: Update
     heartbeat: float = HEARTBEAT
     max_sessions: int | None = None
