@@ -9,11 +9,11 @@ import pytest
 import trio
 
 from harness import make_initiator
-from test_admission import ALICE, BOB, Bench, Limits, stranger
+from test_admission import ALICE, BOB, Bench, Limits, penalised, stranger
 from test_server import PASSWORD, Running, serving
 from triosspi import open_sspi_over_tcp_channel
+from triosspi.service.admission.principals import WINDOW
 from triosspi.service.config.settings import Limits as Options
-from triosspi.service.network.principals import WINDOW
 
 LIMITS = Limits(max_failures_per_principal=10, penalties=False)
 
@@ -86,12 +86,12 @@ def test_it_can_be_switched_off_and_on_by_a_reload() -> None:
 
 def test_made_up_names_are_held_in_a_table_that_does_not_grow() -> None:
     bench = Bench(LIMITS)
-    failures = bench.admission._ledger.principals._failures
+    failures = bench.admission.principals._failures
     size = failures._cells.nbytes
     for number in range(5_000):
         guess(bench, 1, "x" * 1024 + chr(0xD800 + number % 1000) + str(number), start=number)
     assert failures._cells.nbytes == size
-    assert not bench.admission._ledger.principals._sessions
+    assert not bench.admission.principals._sessions
 
 
 def test_sessions_are_counted_until_they_end() -> None:
@@ -103,7 +103,7 @@ def test_sessions_are_counted_until_they_end() -> None:
     entry.close()
     entry.close()
     assert may(bench, BOB)
-    assert not bench.admission._ledger.principals._sessions
+    assert not bench.admission.principals._sessions
 
 
 # ---- live ----
@@ -161,7 +161,7 @@ async def test_one_session_too_many_is_refused_and_nothing_is_held_against_its_s
         await running.told.until(lambda: running.told.ends)
         again = await running.client()
         await again.aclose()
-    assert running.server._service.admission.penalised == 0
+    assert penalised(running.server._service.admission) == 0
     assert "has as many sessions as may be" in running.told.all("login_refused")[0][-1]["reason"]
 
 

@@ -12,10 +12,11 @@ import pytest
 import trio
 
 from forge import Client
+from test_admission import penalised
 from test_server import Running, serving
+from triosspi.service.admission import admission
+from triosspi.service.admission.waiting import Stage
 from triosspi.service.config.settings import Connections, Limits
-from triosspi.service.network import admission
-from triosspi.service.network.waiting import Stage
 
 
 def first_token() -> bytes:
@@ -127,13 +128,13 @@ async def running_client(running: Running) -> AsyncIterator[None]:
 
 async def test_who_waits_unread_until_the_deadline_is_not_held_to_have_failed() -> None:
     async with serving(limits=Limits(max_unauthenticated=1, handshake_timeout=0.2)) as running:
-        running.server._service.admission._ledger.served = 1  # somebody who is being worked on, and has long to go
+        running.server._service.admission.served = 1  # somebody who is being worked on, and has long to go
         async with sitters(running, 1, A_TOKEN) as (stream,):
             await running.told.until(lambda: dropped(running))
             assert await stream.receive_some() == b""
-        running.server._service.admission._ledger.served = 0
+        running.server._service.admission.served = 0
     assert dropped(running) == ["startups"]
-    assert running.server._service.admission.penalised == 0
+    assert penalised(running.server._service.admission) == 0
 
 
 async def test_clients_behind_a_proxy_have_turns_by_their_own_addresses() -> None:

@@ -302,7 +302,7 @@ async def _show_health(supervisor: Supervisor, health: Health) -> NoReturn:
 def _part(limits: Limits, share: int) -> Limits:
     """The caps on all connections, for one of so many processes.
 
-    What is counted by source is not divided: all of them count it together, see `network.shared`.
+    What is counted by source is not divided: all of them count it together, see `admission.tables`.
     """
     return msgspec.structs.replace(
         limits,

@@ -1,1 +1,1 @@
-"""Where a server listens, who may connect, and who a proxy says it is."""
+"""Where a server listens, and who a proxy says it speaks for."""

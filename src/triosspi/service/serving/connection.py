@@ -13,14 +13,14 @@ from ...channel import ChannelOptions, SSPIChannel
 from ...security.credentials import Acceptor
 from ...session import Tracer
 from ...tcp import Attempt, ConnectionServer, End, Handler, LiveSession, LoginFailure, TCPChannel, ticket_end
+from ..admission.admission import Admission, Dropped, Entry
+from ..admission.waiting import Stage
 from ..config.settings import Limits
-from ..network.admission import Admission, Dropped, Entry
 from ..network.listening import source_of, tune
-from ..network.login_stream import LoginStream
 from ..network.proxy_protocol import ProxyError, ProxyProtocol
-from ..network.waiting import Stage
 from ..observe.telemetry import SessionEnd, Telemetry
 from .lifecycle import shutting_down
+from .login_stream import LoginStream
 from .sessions import Sessions, WatchedSession
 
 #: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips, for

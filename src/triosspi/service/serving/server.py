@@ -30,8 +30,8 @@ from ...security.credentials import Acceptor
 from ...session import Tracer
 from ...tcp import Handler, accept_forever
 from ...wire import WireFormat
+from ..admission.admission import Admission
 from ..config.settings import LiveSettings, StartSettings
-from ..network.admission import Admission
 from ..network.listening import queued, remove_socket_files
 from ..network.proxy_protocol import ProxyProtocol
 from ..observe.logs import configure as configure_logs

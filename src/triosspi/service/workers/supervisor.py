@@ -38,7 +38,7 @@ from typing import Final, Protocol
 import trio
 
 from ..._errors import ConfigurationError
-from ..network.shared import Columns, Tables
+from ..admission.tables import Columns, Tables
 from ..observe.notify import Notifier
 from ..reasons import described, only_configuration_errors, reason
 from ..serving.reloading import Reading, watch_files

@@ -17,7 +17,7 @@ from contextlib import suppress
 import trio
 
 from ..._errors import ConfigurationError
-from ..network.shared import Tables
+from ..admission.tables import Tables
 from ..program import unpickled
 from .balance import BalancedListener, Board, Share
 from .worker_link import Plan, WorkerLink, take_descriptors

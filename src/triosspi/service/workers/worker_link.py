@@ -26,7 +26,7 @@ from typing import Annotated, BinaryIO, Final, NoReturn
 import msgspec
 import trio
 
-from ..network.shared import Tables
+from ..admission.tables import Tables
 from .balance import Share
 
 #: Seconds between two heartbeats.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from .shared import WAYS
+from .tables import WAYS
 
 Failure: TypeAlias = Literal["auth", "no_login", "timeout", "evicted", "protocol"]
 
@@ -51,7 +51,7 @@ class PenaltyPolicy:
 
 
 class Penalties:
-    """A table of them; see `shared` for how it is kept.
+    """A table of them; see `tables` for how it is kept.
 
     Args:
       cells: its memory; a multiple of `WAYS`.
@@ -69,10 +69,6 @@ class Penalties:
         for index, cell in enumerate(self._cells):
             if cell:
                 self._cells[index] = 0
-
-    def remembered(self, now: float) -> int:
-        """How many there are; looks at all, and is meant for tests."""
-        return sum(cell & _END_MASK > now * _PER_SECOND for cell in self._cells)
 
     def refused(self, key: bytes, now: float) -> bool:
         """Whether there is one that has exceeded what costs nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from .admission import Entry
+from ..admission.admission import Entry
 
 
 class LoginStream(trio.abc.HalfCloseableStream):

@@ -11,26 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Final, Protocol
+from typing import Final
 
-from .acquaintances import Acquaintances
+from ..config.settings import Limits
 from .penalties import Penalties
-from .shared import Tables
+from .sources import KnownSources
+from .tables import Tables
 
 #: Seconds in which as many failures as are allowed are forgotten.
 WINDOW: Final = 600.0
-
-
-class PrincipalLimits(Protocol):
-    """What is read of the settings."""
-
-    @property
-    def max_sessions_per_principal(self) -> int | None:
-        """The most sessions of one at a time; None does not limit it."""
-
-    @property
-    def max_failures_per_principal(self) -> int | None:
-        """So many failures within `WINDOW` make an account look at nobody but acquaintances; None: none do."""
 
 
 class Principals:
@@ -40,17 +29,15 @@ class Principals:
       limits: what is allowed.
       clock: seconds that never go back, the same for all who share the tables.
       tables: what is shared with other processes.
-      acquaintances: where sources are remembered.
+      known: where sources are remembered.
     """
 
-    def __init__(
-        self, limits: PrincipalLimits, clock: Callable[[], float], tables: Tables, acquaintances: Acquaintances
-    ) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float], tables: Tables, known: KnownSources) -> None:
         self.limits = limits
         self._clock = clock
         self._tables = tables
         self._failures = Penalties(tables.failures, tables.hash, 2 * WINDOW)
-        self._acquaintances = acquaintances
+        self._known = known
         # This process's own.
         self._sessions: dict[str, int] = {}
 
@@ -68,7 +55,7 @@ class Principals:
         # Each failure is remembered for its part of the window: there is room for one more, or there is not.
         if self._failures.left(_key(b"f", name), self._clock()) <= WINDOW - WINDOW / most:
             return True
-        return self._acquaintances.knows(_key(b"a", name, source))
+        return self._known.knows(_key(b"a", name, source))
 
     def may_have_more(self, name: str) -> bool:
         """Whether there may be one more session of this principal."""
@@ -80,7 +67,7 @@ class Principals:
 
     def come(self, name: str, source: Hashable) -> None:
         """It has logged in."""
-        self._acquaintances.remember(_key(b"a", name, source))
+        self._known.remember(_key(b"a", name, source))
         self._count(name, 1)
 
     def leave(self, name: str) -> None:

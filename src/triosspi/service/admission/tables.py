@@ -28,7 +28,7 @@ from typing import Final
 _WORD: Final = 8
 _KEY_WORDS: Final = 2
 #: Cells. A third as many are used at most before buckets overflow in earnest.
-ACQUAINTANCES: Final = 131_072
+KNOWN: Final = 131_072
 PENALTIES: Final = 131_072
 FAILURES: Final = 32_768
 COUNTS: Final = 32_768
@@ -56,7 +56,7 @@ class Tables:
         self._words = words = memoryview(memory).cast("Q")
         self._secret = words[:_KEY_WORDS].tobytes()
         at = _KEY_WORDS
-        self.acquaintances, at = words[at : at + ACQUAINTANCES], at + ACQUAINTANCES
+        self.known, at = words[at : at + KNOWN], at + KNOWN
         self.penalties, at = words[at : at + PENALTIES], at + PENALTIES
         self.failures, at = words[at : at + FAILURES], at + FAILURES
         columns = (len(words) - at) // COUNTS
@@ -65,7 +65,7 @@ class Tables:
     @staticmethod
     def size(columns: int) -> int:
         """Bytes for so many processes; what is never written costs nothing."""
-        return _WORD * (_KEY_WORDS + ACQUAINTANCES + PENALTIES + FAILURES + columns * COUNTS)
+        return _WORD * (_KEY_WORDS + KNOWN + PENALTIES + FAILURES + columns * COUNTS)
 
     @classmethod
     def alone(cls) -> Tables:
@@ -109,7 +109,7 @@ class Tables:
     def close(self) -> None:
         """Forget it, in this process. May be called twice."""
         if not self._memory.closed:
-            for view in (self.acquaintances, self.penalties, self.failures, *self._columns, self._words):
+            for view in (self.known, self.penalties, self.failures, *self._columns, self._words):
                 view.release()
             # It has a descriptor of its own.
             self._memory.close()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from triosspi.service.network.acquaintances import HOURS, Acquaintances
-from triosspi.service.network.shared import ACQUAINTANCES, Tables
+from triosspi.service.admission.sources import HOURS, KnownSources
+from triosspi.service.admission.tables import KNOWN, Tables
 
 HOUR = 3600.0
 
@@ -19,7 +19,7 @@ class Clock:
 
 def test_a_source_is_known_from_its_first_login_for_a_month_after_its_last() -> None:
     clock = Clock()
-    known = Acquaintances(Tables.alone(), clock)
+    known = KnownSources(Tables.alone(), clock)
     assert not known.knows(b"7")
     for _ in range(3):
         known.remember(b"7")
@@ -32,7 +32,7 @@ def test_a_source_is_known_from_its_first_login_for_a_month_after_its_last() -> 
 
 def test_a_server_that_runs_for_years_still_tells_new_from_old() -> None:
     clock = Clock()
-    known = Acquaintances(Tables.alone(), clock)
+    known = KnownSources(Tables.alone(), clock)
     # The hour has 16 bits.
     for _ in range(20):
         known.remember(b"7")
@@ -45,15 +45,15 @@ def test_a_server_that_runs_for_years_still_tells_new_from_old() -> None:
 
 def test_many_more_sources_than_there_is_room_for_leave_it_full_of_the_latest() -> None:
     clock = Clock()
-    known = Acquaintances(Tables.alone(), clock)
+    known = KnownSources(Tables.alone(), clock)
     rng = random.Random(5)
     size = known._cells.nbytes
-    early, late = ([rng.randbytes(8) for _ in range(ACQUAINTANCES // 4)] for _ in range(2))
-    for crowd in (early, [rng.randbytes(8) for _ in range(ACQUAINTANCES)], late):
+    early, late = ([rng.randbytes(8) for _ in range(KNOWN // 4)] for _ in range(2))
+    for crowd in (early, [rng.randbytes(8) for _ in range(KNOWN)], late):
         for source in crowd:
             known.remember(source)
         clock.now += 2 * HOUR
-    assert known._cells.nbytes == size == 8 * ACQUAINTANCES
+    assert known._cells.nbytes == size == 8 * KNOWN
     assert sum(map(known.knows, late)) > 0.95 * len(late)
     assert sum(map(known.knows, early)) < 0.5 * len(early)
     assert sum(known.knows(rng.randbytes(8)) for _ in range(10_000)) == 0

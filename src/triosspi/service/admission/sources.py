@@ -3,16 +3,20 @@
 # A source is an IPv4 address, or as much of an IPv6 address as is one customer's, by default 64 bits. Who has a /48 has
 # 65,536 of those. So failures and connections are also counted by prefixes that are 8 and 16 bits shorter (/56 and /48), where
 # more is allowed: many customers of one provider may be in a /48.
+#
+# A cell of `KnownSources` is a number of 64 bits: 48 of the key's hash and 16 of the hour; see `tables` for the rest. Only
+# who has logged in writes into it. Two sources are taken for one another once in 2^45 times, and all that comes of it is
+# that one goes first that should not.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from typing import Final, Literal, Protocol, TypeAlias
+from typing import Final, Literal, TypeAlias
 
-from .acquaintances import Acquaintances
-from .addresses import IPAddress, IPNetwork, canonical_networks, is_in
+from ..config.settings import Limits
+from ..network.addresses import IPAddress, canonical_networks, is_in
 from .penalties import Failure, Penalties, PenaltyPolicy
-from .shared import Tables
+from .tables import WAYS, Tables
 
 DropCause: TypeAlias = Literal["penalty", "connections", "source_connections", "startups"]
 
@@ -24,29 +28,12 @@ WIDER: Final = ((8, 4), (16, 16))
 _LENGTH_SHIFT: Final = 128
 _KEY_BYTES: Final = 18
 
+#: Hours for which known sources are remembered.
+HOURS: Final = 30 * 24
 
-class SourceLimits(Protocol):
-    """What is read of the settings."""
-
-    @property
-    def max_connections_per_source(self) -> int | None:
-        """The most of one source; None does not limit it."""
-
-    @property
-    def max_unauthenticated_per_source(self) -> int | None:
-        """The most of one source that are read before they have logged in; the others wait. None does not limit it."""
-
-    @property
-    def ipv6_source_prefix(self) -> int:
-        """Bits of an IPv6 address that are one source."""
-
-    @property
-    def penalties(self) -> bool:
-        """Whether failed logins are held against their source."""
-
-    @property
-    def penalty_exempt(self) -> tuple[IPNetwork, ...]:
-        """Networks whose failed logins are not."""
+_HOUR: Final = 3600.0
+_HOUR_BITS: Final = 16
+_HOUR_MASK: Final = (1 << _HOUR_BITS) - 1
 
 
 class Dropped(Exception):
@@ -81,6 +68,49 @@ class _Source:
 _NONE: Final = _Source()
 
 
+class KnownSources:
+    """Sources from which somebody has logged in before.
+
+    The memory is bounded: where there is no room, the one that was seen longest ago is forgotten.
+
+    Args:
+      tables: where.
+      clock: seconds that never go back, the same for all who share the tables.
+    """
+
+    def __init__(self, tables: Tables, clock: Callable[[], float]) -> None:
+        self._cells = tables.known
+        self._hash = tables.hash
+        self._clock = clock
+
+    def remember(self, key: bytes) -> None:
+        """Somebody has logged in from there."""
+        tag, slots = self._slot(key)
+        hour = self._hour()
+        slot = min(slots, key=lambda index: (self._cells[index] >> _HOUR_BITS != tag, self._left(index, hour)))
+        self._cells[slot] = tag << _HOUR_BITS | hour
+
+    def knows(self, key: bytes) -> bool:
+        """Whether somebody has, not too long ago."""
+        tag, slots = self._slot(key)
+        hour = self._hour()
+        return any(self._cells[index] >> _HOUR_BITS == tag and self._left(index, hour) > 0 for index in slots)
+
+    def _slot(self, key: bytes) -> tuple[int, range]:
+        digest = self._hash(key)
+        first = digest % (len(self._cells) // WAYS) * WAYS
+        return digest >> _HOUR_BITS, range(first, first + WAYS)
+
+    def _hour(self) -> int:
+        # From 1: a cell that was never written is 0.
+        return 1 + int(self._clock() / _HOUR) % _HOUR_MASK
+
+    def _left(self, index: int, hour: int) -> int:
+        """Hours for which a cell is remembered yet; 0: it is free."""
+        written = self._cells[index] & _HOUR_MASK
+        return max(0, HOURS - (hour - written) % _HOUR_MASK) if written else 0
+
+
 class Sources:
     """All sources. A key that is no integer stands for one that is not known, which has no limits.
 
@@ -91,18 +121,18 @@ class Sources:
       tables: what is shared with other processes.
     """
 
-    def __init__(self, limits: SourceLimits, clock: Callable[[], float], policy: PenaltyPolicy, tables: Tables) -> None:
+    def __init__(self, limits: Limits, clock: Callable[[], float], policy: PenaltyPolicy, tables: Tables) -> None:
         self._clock = clock
         self._policy = policy
         self._tables = tables
         self._penalties = Penalties(tables.penalties, tables.hash, policy.most)
-        self.acquaintances = Acquaintances(tables, clock)
+        self.known = KnownSources(tables, clock)
         # This process's own.
         self._connected: dict[int, _Source] = {}
         self._limits = limits
-        self.take(limits)
+        self.reconfigure(limits)
 
-    def take(self, limits: SourceLimits) -> None:
+    def reconfigure(self, limits: Limits) -> None:
         """Use these limits from now on."""
         if self._limits.penalties and not limits.penalties:
             self._penalties.clear()
@@ -119,11 +149,6 @@ class Sources:
             return number
         length = self._limits.ipv6_source_prefix
         return length << _LENGTH_SHIFT | number >> _LENGTH_SHIFT - length
-
-    @property
-    def penalised(self) -> int:
-        """How many sources and wider prefixes penalties are remembered of; looks at all, and is meant for tests."""
-        return self._penalties.remembered(self._clock())
 
     # Judging
 
@@ -154,7 +179,7 @@ class Sources:
 
     def favours(self, key: int) -> bool:
         """Whether somebody has logged in from there, and not too many are favoured for it already."""
-        return self._connected.get(key, _NONE).favoured < FAVOURED and self.acquaintances.knows(_bytes(key))
+        return self._connected.get(key, _NONE).favoured < FAVOURED and self.known.knows(_bytes(key))
 
     def may_be_served(self, key: Hashable) -> bool:
         """Whether one more of this source may be read and answered."""
@@ -208,7 +233,7 @@ class Sources:
         """One has logged in, and is favoured no more."""
         if isinstance(key, int):
             self._connected[key].favoured -= favoured
-            self.acquaintances.remember(_bytes(key))
+            self.known.remember(_bytes(key))
 
     def _publish(self, key: int) -> None:
         source = self._connected[key]

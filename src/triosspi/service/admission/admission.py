@@ -1,17 +1,55 @@
-"""Who is connected and has not logged in, who is served, and who is dropped; see `admission` for the rules."""
+"""Who may connect, and who goes first: what an attacker can take from a server before he has shown who he is.
+
+Nothing here knows Trio or a socket, and the clock is given: the same calls give the same answers.
+"""
+
+# What must hold, whoever connects
+# --------------------------------
+# A login costs this server a hundred times what it costs whoever fails it, and a connection that says nothing costs a
+# descriptor for the length of the handshake's deadline. So what has not logged in has two limits: how many are read and
+# answered at a time (`max_unauthenticated`, each with up to a token of 64 KiB in memory), and how many more wait, unread
+# (`max_waiting`). Whoever says nothing takes none of the former.
+#
+# Where there is no room, it is made: whoever has waited longest for nothing but his own next word is dropped, and the
+# newcomer comes in. A lottery among newcomers, as OpenSSH's MaxStartups, refuses honest ones as often as attackers, and
+# a hard limit only honest ones; but an honest client speaks within a round trip, and who sits there does not. Who has
+# said nothing goes first, then who waits unread, then who has sent a part of a token (one byte a second protects
+# nobody), then who owes an answer to our challenge. Nobody is dropped within `PATIENCE`, so that an honest client has
+# the time of its round trip even when attackers come back as fast as they are dropped; nor while he waits for us.
+#
+# Whoever is served gives up the place in a moment, if all are honest; then those who wait follow in the order in which
+# they came. Where a place is free only because somebody was dropped who sat on it, there are attackers, and those who
+# wait are theirs, mostly, and will wait for longer than an honest client does: then the last who came is the first.
+#
+# A source that somebody has logged in from before is let in and served before all others, and dropped after them. That
+# holds for some of its connections at a time: there may be an attacker behind the same NAT.
+#
+# One source must not be able to use all of it up. Of one, so many are served at a time, and the rest waits its turn; the
+# sources have turns, one each; the source that has the most is the first to give one up. And penalties are for logins
+# that failed, as OpenSSH's PerSourcePenalties. A source is an IPv4 address or an IPv6 /64, which is the least that a
+# customer is given: counted by single addresses, one machine would be 2^64 sources. See `sources`. Whose account is guessed
+# at from many sources is the affair of `principals`.
+#
+# Whatever is remembered is bounded, and the work per call too: an attacker with many addresses would
+# otherwise turn the defence into the attack. Counters live as long as the connections that they count,
+# so there are never more of them than `max_connections`. All else has tables of a fixed size, which the processes of a
+# server share, see `shared`.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
-from .addresses import IPAddress, unmapped
+from ..config.settings import Limits
+from ..network.addresses import IPAddress, unmapped
 from .penalties import Failure, PenaltyPolicy
-from .principals import PrincipalLimits, Principals
-from .shared import Tables
-from .sources import DropCause, Dropped, SourceLimits, Sources
+from .principals import Principals
+from .sources import DropCause, Dropped, Sources
+from .tables import Tables
 from .waiting import Line, Queue, Stage
+
+__all__ = ["PATIENCE", "Admission", "Dropped", "Entry"]
 
 #: Seconds in which nobody is dropped for another's sake: the longest round trip, and some time to think. What opens a
 #: connection to log in speaks at once; were there more time, attackers who come back at once would always be too young.
@@ -21,22 +59,6 @@ _PER_CALL: Final = 32
 #: Stages in which nobody has read what has come.
 UNREAD: Final = (Stage.SILENT, Stage.QUEUED)
 _SERVED: Final = (Stage.PARTIAL, Stage.CHALLENGED)
-
-
-class AdmissionLimits(SourceLimits, PrincipalLimits, Protocol):
-    """What is read of the settings."""
-
-    @property
-    def max_connections(self) -> int:
-        """The most at a time."""
-
-    @property
-    def max_unauthenticated(self) -> int:
-        """The most that are read and answered before they have logged in."""
-
-    @property
-    def max_waiting(self) -> int:
-        """The most that wait, unread."""
 
 
 def _nothing() -> None:
@@ -60,12 +82,12 @@ class Entry:
     """
 
     __slots__ = (
-        *("_address", "_closed", "_failed", "_ledger", "_principal"),
+        *("_address", "_admission", "_closed", "_failed", "_principal"),
         *("busy", "evicted", "favoured", "on_evicted", "on_turn", "source", "stage"),
     )
 
-    def __init__(self, ledger: Ledger, address: IPAddress | None) -> None:
-        self._ledger = ledger
+    def __init__(self, admission: Admission, address: IPAddress | None) -> None:
+        self._admission = admission
         self._address = address
         self._failed = False
         self._closed = False
@@ -106,23 +128,23 @@ class Entry:
         if address is None or self._closed:
             return
         address = unmapped(address)
-        self._ledger.sources.check(address)
-        stage = self._ledger.leave(self)
+        self._admission.sources.check(address)
+        stage = self._admission.leave(self)
         self._address, self.busy = address, False
-        self.source = self._ledger.sources.key(address)
-        self._ledger.come(self, Stage.QUEUED if stage in _SERVED else stage)
-        self._ledger.serve_next()
+        self.source = self._admission.sources.key(address)
+        self._admission.come(self, Stage.QUEUED if stage in _SERVED else stage)
+        self._admission.advance()
 
     def spoke(self) -> None:
         """Tell that something has come: now it wants to be served."""
         if self.stage is Stage.SILENT and not self._closed:
-            self._ledger.move(self, Stage.QUEUED)
-            self._ledger.serve_next()
+            self._admission.move(self, Stage.QUEUED)
+            self._admission.advance()
 
     def answered(self) -> None:
         """Tell that the peer's token was answered: the next word is the peer's."""
         if self.stage in _SERVED and not self._closed:
-            self._ledger.move(self, Stage.CHALLENGED)
+            self._admission.move(self, Stage.CHALLENGED)
 
     def check_principal(self, name: str, *, guessable: bool) -> Literal["failures", "sessions"] | None:
         """Whether the peer, who has shown that it is this principal, may be let in.
@@ -134,7 +156,7 @@ class Entry:
         Returns:
           None: it may; else why not: there were too many failures, or there are too many sessions.
         """
-        principals = self._ledger.principals
+        principals = self._admission.principals
         if guessable and not principals.looks_at(name, self.source):
             return "failures"
         return None if principals.may_have_more(name) else "sessions"
@@ -144,11 +166,11 @@ class Entry:
         if self.stage is not None and not self._closed:
             if principal is not None:
                 self._principal = principal
-                self._ledger.principals.come(principal, self.source)
+                self._admission.principals.come(principal, self.source)
             # They hold what the login needed, and nothing is needed for days.
             self.on_turn = self.on_evicted = _nothing
-            self._ledger.settle(self)
-            self._ledger.serve_next()
+            self._admission.settle(self)
+            self._admission.advance()
 
     def failed(self, failure: Failure, principal: str | None = None) -> None:
         """Tell why the peer has not logged in; only the first time counts, and nothing does after a login.
@@ -160,9 +182,9 @@ class Entry:
         if self.stage is not None and not self._failed and not self._closed:
             self._failed = True
             if principal is not None:
-                self._ledger.principals.failed(principal)
+                self._admission.principals.failed(principal)
             if self._address is not None:
-                self._ledger.sources.penalise(self._address, failure)
+                self._admission.sources.penalise(self._address, failure)
 
     def evict(self) -> None:
         """Drop it for another's sake."""
@@ -173,14 +195,14 @@ class Entry:
 
     def shut_out(self) -> bool:
         """Drop it if others of its source have failed while it waited; returns whether they have."""
-        if self._address is None or not self._ledger.sources.shut_out(self._address):
+        if self._address is None or not self._admission.sources.shut_out(self._address):
             return False
         self._drop("penalty")
         return True
 
     def _drop(self, why: Literal["evicted", "penalty"]) -> None:
         self.evicted, self._closed = why, True
-        self._ledger.leave(self)
+        self._admission.leave(self)
         self.on_evicted()
 
     def close(self) -> None:
@@ -188,30 +210,44 @@ class Entry:
         if not self._closed:
             self._closed = True
             if self._principal is not None:
-                self._ledger.principals.leave(self._principal)
-            self._ledger.leave(self)
-            self._ledger.serve_next()
+                self._admission.principals.leave(self._principal)
+            self._admission.leave(self)
+            self._admission.advance()
 
 
-class Ledger:
-    """Who is there, which an `Admission` shares with its entries.
+class Admission:
+    """Decides about newcomers, and counts who is there.
+
+    Each process has its own; what they know of sources and principals they know together, if they are given the same tables.
+
+    Args:
+      limits: what is allowed.
+      clock: seconds that never go back.
+      policy: the sizes of penalties.
+      tables: what is shared with other processes; None: nothing.
 
     Attributes:
-      limits: see `Admission`.
-      sources: where they come from.
+      limits: see above.
+      sources: where connections come from.
       principals: who they are.
       unread: connections that have not logged in and are not served.
       served: connections that have not logged in and are.
-      established: see `Admission`.
+      established: connections that have logged in.
     """
 
     def __init__(
-        self, limits: AdmissionLimits, clock: Callable[[], float], policy: PenaltyPolicy, tables: Tables
+        self,
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        policy: PenaltyPolicy | None = None,
+        tables: Tables | None = None,
     ) -> None:
+        policy, tables = policy or PenaltyPolicy(), tables or Tables.alone()
         self._clock = clock
         self.limits = limits
         self.sources = Sources(limits, clock, policy, tables)
-        self.principals = Principals(limits, clock, tables, self.sources.acquaintances)
+        self.principals = Principals(limits, clock, tables, self.sources.known)
         self.unread = 0
         self.served = 0
         self.established = 0
@@ -221,11 +257,50 @@ class Ledger:
         }
         self._queues: dict[bool, Queue[Entry]] = {favoured: Queue() for favoured in (False, True)}
 
-    def take(self, limits: AdmissionLimits) -> None:
-        """Use these limits from now on."""
+    def reconfigure(self, limits: Limits) -> None:
+        """Take other limits for who comes from now on; nobody who is there is sent away.
+
+        Penalties stand, unless they are switched off: then they are forgotten.
+        """
         self.limits = limits
-        self.sources.take(limits)
+        self.sources.reconfigure(limits)
         self.principals.limits = limits
+        self.advance()
+
+    @property
+    def pending(self) -> int:
+        """Connections that have not logged in."""
+        return self.unread + self.served
+
+    @property
+    def queued(self) -> bool:
+        """Whether somebody waits to be served: then `advance` must be called from time to time."""
+        return any(len(lines[Stage.QUEUED]) for lines in self._lines.values())
+
+    def admit(self, address: IPAddress | None) -> Entry:
+        """Let a newcomer in, if need be by dropping another.
+
+        Args:
+          address: where it connects from; None for a unix socket, or for a proxy that has not yet said
+            whom it speaks for. Such a connection is only under the caps on all.
+
+        Raises:
+          Dropped: it may not be.
+        """
+        if address is not None:
+            address = unmapped(address)
+            self.sources.check(address)
+        known = address is not None and self.sources.favours(self.sources.key(address))
+        excess = self.pending + self.established + 1 - self.limits.max_connections
+        self._make_room(excess, tuple(Stage), "connections", known=known)
+        self._make_room(self.unread + 1 - self.limits.max_waiting, UNREAD, "startups", known=known)
+        entry = Entry(self, address)
+        if address is not None:
+            entry.source = self.sources.key(address)
+        self.come(entry, Stage.SILENT)
+        # If one of those who are served has gone for it.
+        self.advance()
+        return entry
 
     # Coming and going
 
@@ -290,12 +365,7 @@ class Ledger:
 
     # Who is dropped, and who is served
 
-    @property
-    def queued(self) -> bool:
-        """Whether somebody waits to be served."""
-        return any(len(lines[Stage.QUEUED]) for lines in self._lines.values())
-
-    def make_room(self, excess: int, stages: tuple[Stage, ...], cause: DropCause, *, known: bool) -> None:
+    def _make_room(self, excess: int, stages: tuple[Stage, ...], cause: DropCause, *, known: bool) -> None:
         """Drop so many, at these stages, the first of them first.
 
         Args:
@@ -326,8 +396,8 @@ class Ledger:
                     return victim
         return None
 
-    def serve_next(self) -> None:
-        """Let those be served for whom there is a place, or can be made."""
+    def advance(self) -> None:
+        """Let those be served for whom there is a place, or can be made: time alone makes some, see `PATIENCE`."""
         for queue in self._queues.values():
             queue.resume_some()
         shut_out = 0

@@ -1,4 +1,4 @@
-"""What worker processes know together: caps, penalties and acquaintances that hold for the whole server."""
+"""What worker processes know together: caps, penalties and known sources that hold for the whole server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_admission import ALICE, BOB, Bench, Clock, Limits, speak
-from triosspi.service.network.shared import COUNTS, WAYS, Columns, Tables
+from triosspi.service.admission.tables import COUNTS, WAYS, Columns, Tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
 
@@ -105,7 +105,7 @@ def test_what_a_dead_worker_had_is_forgotten_and_its_penalties_stand(tables: Tab
     limits = Limits(max_connections_per_source=1)
     one, other = workers(tables, 2, limits)
     other.admit(ALICE)
-    other.admission._ledger.sources.penalise(BOB, "protocol")
+    other.admission.sources.penalise(BOB, "protocol")
     assert one.cause(ALICE) == "source_connections"
     columns.give_back(its)
     assert [one.cause(ALICE), one.cause(BOB)] == [None, "penalty"]
@@ -156,8 +156,8 @@ from ipaddress import IPv4Address
 import time
 sys.path.insert(0, sys.argv[3])
 from test_admission import Limits
-from triosspi.service.network.admission import Admission, Dropped
-from triosspi.service.network.shared import Tables
+from triosspi.service.admission.admission import Admission, Dropped
+from triosspi.service.admission.tables import Tables
 admission = Admission(Limits(), clock=time.monotonic, tables=Tables.of(int(sys.argv[1]), int(sys.argv[2])))
 looked_at = 0
 for _ in range(50):

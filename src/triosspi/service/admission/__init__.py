@@ -1,0 +1,1 @@
+"""Who may connect, who is served first, and what failed logins cost."""
