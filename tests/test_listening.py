@@ -812,6 +812,35 @@ async def accepted_while_stopping(listener: trio.SocketListener) -> trio.SocketS
     return stream
 
 
+@pytest.mark.parametrize(
+    ("error", "found", "told"),
+    [(errno.ECONNABORTED, 2, False), (errno.EPROTO, 2, False), (errno.EMFILE, 0, True)],
+    ids=lambda value: errno.errorcode.get(value) if isinstance(value, int) and value > 2 else None,
+)
+async def test_who_is_queued_behind_a_connection_that_is_gone_is_not_lost(
+    error: int, found: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The first error was taken for the end of the queue, and all behind it were reset when the socket was closed.
+    errors = [error]
+    accept_one = socket.socket.accept
+
+    def fail_once(sock: socket.socket) -> Any:
+        if errors:
+            raise OSError(errors[0], os.strerror(errors.pop()))
+        return accept_one(sock)
+
+    async with listening_on(Where()) as listeners:
+        address = listeners[0].socket.getsockname()
+        with socket.create_connection(address), socket.create_connection(address), trio.fail_after(60):
+            await trio.lowlevel.wait_readable(listeners[0].socket)
+            monkeypatch.setattr(socket.socket, "accept", fail_once)
+            streams = list(queued(listeners[0]))
+            assert len(streams) == found
+            for stream in streams:
+                await stream.aclose()
+    assert ("is reset" in caplog.text) == told
+
+
 async def accepted_by_the_library(listener: trio.SocketListener) -> trio.SocketStream:
     return (await SSPIListener(listener, make_acceptor()).accept()).transport_stream
 

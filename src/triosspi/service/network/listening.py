@@ -24,6 +24,7 @@ import trio
 
 from ..._errors import ConfigurationError, printable
 from ...tcp import format_address, peername, remember
+from ...tcp.accepting import _CONNECTION_ERRNOS
 from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
 from .descriptors import inherited_listeners
@@ -133,8 +134,14 @@ def queued(listener: HasSocket) -> Iterator[trio.SocketStream]:
         while True:
             try:
                 connection, address = sock.accept()
-            except OSError:
-                # There are no more; or none that is of any use.
+            except BlockingIOError:
+                # There are no more.
+                return
+            except OSError as exc:
+                if exc.errno in _CONNECTION_ERRNOS:
+                    # That one was gone before anybody had looked at it; the next may be there.
+                    continue
+                log.warning("whoever is still queued cannot be accepted, and is reset: %s", reason(exc))
                 return
             yield remember(trio.SocketStream(trio.socket.from_stdlib_socket(connection)), address)
 
