@@ -64,6 +64,10 @@ class ConfigurationErrors(ConfigurationError):
         super().__init__("; ".join(self.lines))
 
 
+class UnreadableConfiguration(ConfigurationErrors, _texts.CannotReadError):
+    """The system would not give the file, which may pass."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
     """What was found.
@@ -112,6 +116,7 @@ class Sources:
 
     def _load(self) -> Configuration:
         errors: list[str] = []
+        error: type[ConfigurationErrors] = ConfigurationErrors
         values: dict[str, Any] = {}
         origins = dict.fromkeys(all_options(), _DEFAULT)
 
@@ -126,6 +131,9 @@ class Sources:
             try:
                 for option, value, origin in _read_file(self.file, errors):
                     take(option, origin, option.read, value, self.file.absolute().parent)
+            except _texts.CannotReadError as exc:
+                error = UnreadableConfiguration
+                errors.append(str(exc))
             except ConfigurationErrors as exc:
                 errors += exc.lines
         for option, text, name in _read_environment(self.environ, values, errors):
@@ -136,7 +144,7 @@ class Sources:
             origins[name] = Origin("flag", flag)
             values[name] = value
         if errors:
-            raise ConfigurationErrors(errors)
+            raise error(errors)
         return Configuration(settings=_make(values, origins), origins=origins, sources=self)
 
 
@@ -312,6 +320,8 @@ def _read_text(path: Path) -> str:
     try:
         content = _texts.read(path, "the configuration", _texts.SMALL)
         text = _texts.decode_lines(content.data, f"the configuration {path}")
+    except _texts.CannotReadError:
+        raise
     except ConfigurationError as exc:
         raise ConfigurationErrors([str(exc)]) from None
     if os.name == "posix" and content.status.st_mode & stat.S_IWOTH:

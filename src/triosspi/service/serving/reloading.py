@@ -20,6 +20,7 @@ import trio
 
 from ... import _server_threads
 from ..._errors import ConfigurationError
+from ..._texts import CannotReadError
 from ..reasons import only_configuration_errors
 
 log = logging.getLogger("triosspi.server")
@@ -33,6 +34,8 @@ PATIENCE: Final = 30.0
 MOST_HANGING: Final = 4
 #: Seconds between two looks at the files that the configuration comes from.
 FILES_INTERVAL: Final = 2.0
+#: Seconds between two tries where the system does not give a file; before that, they become longer and longer.
+LONGEST_RETRY: Final = 60.0
 
 
 class Reading(Generic[T]):
@@ -40,12 +43,17 @@ class Reading(Generic[T]):
 
     Args:
       read: does it; called in a thread.
+
+    Attributes:
+      may_pass: the last reading failed since the system did not give a file, or not in time: another may go well, though no
+        file changes.
     """
 
     def __init__(self, read: Callable[[], T]) -> None:
         self._read = read
         self._wanted = trio.Event()
         self._under_way = False
+        self.may_pass = False
         self._limiter = trio.CapacityLimiter(MOST_HANGING)
 
     def ask(self, why: str) -> None:
@@ -65,15 +73,21 @@ class Reading(Generic[T]):
           ConfigurationError: it cannot be used, or has not been read in time.
         """
         self._under_way = True
+        self.may_pass = True
         try:
             with trio.move_on_after(PATIENCE):
-                return await _server_threads.run_sync(
+                found = await _server_threads.run_sync(
                     only_configuration_errors,
                     "the configuration",
                     self._read,
                     abandon_on_cancel=True,
                     limiter=self._limiter,
                 )
+                self.may_pass = False
+                return found
+        except ConfigurationError as exc:
+            self.may_pass = isinstance(exc, CannotReadError)
+            raise
         finally:
             self._under_way = False
         hanging = self._limiter.borrowed_tokens
@@ -83,21 +97,25 @@ class Reading(Generic[T]):
         )
 
 
-async def watch_files(files: Callable[[], tuple[Path, ...]], changed: Callable[[], object]) -> NoReturn:
+async def watch_files(
+    files: Callable[[], tuple[Path, ...]], changed: Callable[[], object], retry: Callable[[], bool] = lambda: False
+) -> NoReturn:
     """Look at files again and again.
 
     Args:
       files: which, from now on.
       changed: called when one of them has.
+      retry: whether it is to be called again although none of them has: see `Reading.may_pass`.
     """
     # One at a time: where one look hangs, the next would too.
     limiter = trio.CapacityLimiter(1)
     watched: tuple[Path, ...] = ()
     known: _State = []
     told = False
+    pause, tried = FILES_INTERVAL, trio.current_time()
     while True:
-        if (now := files()) != watched:
-            watched, known = now, []
+        if (wanted := files()) != watched:
+            watched, known = wanted, []
         found: _State | None = None if watched else []
         with trio.move_on_after(PATIENCE if watched else 0):
             found = await _server_threads.run_sync(_state_of, watched, abandon_on_cancel=True, limiter=limiter)
@@ -105,8 +123,14 @@ async def watch_files(files: Callable[[], tuple[Path, ...]], changed: Callable[[
             log.warning("whether files have changed is not known: to look at them takes longer than %g s", PATIENCE)
         told = found is None
         if found is not None:
-            if known and found != known:
+            now = trio.current_time()
+            if not (watched and retry()):
+                pause, tried = FILES_INTERVAL, now
+            overdue = now - tried >= pause
+            if (known and found != known) or overdue:
                 changed()
+            if overdue:
+                pause, tried = min(2 * pause, LONGEST_RETRY), now
             known = found
         await trio.sleep(FILES_INTERVAL)
 

@@ -235,10 +235,10 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             for worker in first:
                 nursery.start_soon(self._keep, worker)
-            if self._reading is not None:
-                nursery.start_soon(self._reload_when_asked, self._reading)
-                changed = partial(self._reading.ask, "a file of the configuration has changed")
-                nursery.start_soon(watch_files, lambda: self._work.files, changed)
+            if (reading := self._reading) is not None:
+                nursery.start_soon(self._reload_when_asked, reading)
+                changed = partial(reading.ask, "a file of the configuration has changed")
+                nursery.start_soon(watch_files, lambda: self._work.files, changed, lambda: reading.may_pass)
             nursery.start_soon(self._notifier.keep_alive, lambda: self.well)
 
     async def _keep(self, worker: WorkerProcess) -> None:
