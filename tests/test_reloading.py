@@ -11,10 +11,13 @@ import pytest
 import trio
 import trio.testing
 
+from harness import make_acceptor
+from test_server import serving, settings
 from triosspi import ConfigurationError
 from triosspi._texts import CannotReadError
 from triosspi.service.config.configuration import Sources
 from triosspi.service.serving.reloading import FILES_INTERVAL, LONGEST_RETRY, Reading, watch_files
+from triosspi.service.serving.server import Loaded
 
 
 @pytest.fixture
@@ -96,3 +99,23 @@ def test_a_configuration_that_cannot_be_read_may_be_readable_later_and_one_that_
     with pytest.raises(ConfigurationError) as caught:
         Sources(file=tmp_path / "wrong").load()
     assert not isinstance(caught.value, CannotReadError)
+
+
+async def test_a_server_tries_again_what_it_could_not_read(
+    inline: None, autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    file = tmp_path / "triosspi.toml"
+    file.write_text("one")
+    loaded = Loaded(live=settings().live, acceptor=make_acceptor(), files=(file,))
+    answers: list[CannotReadError | None] = [None, CannotReadError("cannot read it: Too many open files")]
+
+    def load() -> Loaded:
+        if answers and (error := answers.pop()) is not None:
+            raise error
+        return loaded
+
+    async with serving(reload=load, files=(file,)):
+        await trio.sleep(FILES_INTERVAL)
+        file.write_text("two, and longer")
+        await trio.sleep(4 * FILES_INTERVAL)
+        assert not answers

@@ -154,7 +154,7 @@ class Server:
                 self._watches.start_soon(self._keep_beating)
                 if self._reading is not None:
                     self._watches.start_soon(self._reload_when_asked, self._reading)
-                    self._watches.start_soon(watch_files, self._watched_files, self._files_changed)
+                    self._watches.start_soon(watch_files, self._watched_files, self._files_changed, self._may_pass)
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
@@ -220,6 +220,9 @@ class Server:
     def _watched_files(self) -> tuple[Path, ...]:
         # With a supervisor it is that one who watches, or each worker would have a configuration of its own.
         return self._loaded.files if self._link is None else ()
+
+    def _may_pass(self) -> bool:
+        return self._reading is not None and self._reading.may_pass
 
     def _files_changed(self) -> None:
         self.ask_to_reload("a file of the configuration has changed")
