@@ -10,7 +10,7 @@ import pytest
 from triosspi import Acceptor, ConfigurationError, Initiator
 from triosspi.security import credentials
 from triosspi.security.ntlm.accounts import AccountTable
-from triosspi.service.config import assembly
+from triosspi.service.config import assembly, configuration
 from triosspi.service.config.settings import Accept
 
 
@@ -18,6 +18,7 @@ from triosspi.service.config.settings import Accept
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "_WINDOWS", True)
     monkeypatch.setattr(assembly, "_WINDOWS", True)
+    monkeypatch.setattr(configuration, "_WINDOWS", True)
 
 
 REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
@@ -75,3 +76,19 @@ def test_the_defaults_of_the_service_are_none_of_these() -> None:
     assert assembly.make_acceptor(Accept()) == Acceptor()
     with pytest.raises(ConfigurationError, match="require_mic"):
         assembly.make_acceptor(Accept(allow_missing_mic=True))
+
+
+@pytest.mark.parametrize("mechanisms", ["negotiate", "kerberos", "ntlm"])
+def test_a_keytab_of_the_service_is_an_error_as_the_librarys_is(mechanisms: Any) -> None:
+    # It was left out without a word: somebody had set it in the belief that it counts.
+    with pytest.raises(ConfigurationError, match="leave out keytab"):
+        assembly.make_acceptor(Accept(keytab="FILE:/etc/krb5.keytab", mechanisms=mechanisms))
+
+
+def test_a_keytab_that_other_programs_look_at_is_not_the_services() -> None:
+    loaded = configuration.Sources(environ={"KRB5_KTNAME": "FILE:/etc/krb5.keytab"}).load()
+    assert loaded.settings.accept.keytab is None
+    assert assembly.make_acceptor(loaded.settings.accept) == Acceptor()
+    loaded = configuration.Sources(environ={"TRIOSSPI_KEYTAB": "FILE:/etc/krb5.keytab"}).load()
+    with pytest.raises(ConfigurationError, match="leave out keytab"):
+        assembly.make_acceptor(loaded.settings.accept)

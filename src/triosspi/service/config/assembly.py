@@ -43,8 +43,8 @@ def make_acceptor(accept: Accept, demo: AccountSource | None = None) -> Acceptor
         source = None
     return Acceptor(
         accounts=source,
-        # Likewise; and NTLM alone is not to fail for a keytab that it never looks at.
-        keytab=None if _WINDOWS or accept.mechanisms == "ntlm" else accept.keytab,
+        # Likewise; elsewhere NTLM alone is not to fail for a keytab that it never looks at.
+        keytab=accept.keytab if _WINDOWS or accept.mechanisms != "ntlm" else None,
         mechanisms=mechanisms,
         spns=accept.spns,
         allow_rc4=accept.allow_rc4,

@@ -27,6 +27,8 @@ from ..reasons import only_configuration_errors
 from .options import Option, OptionError
 from .settings import PARTS, REMOVED, SECTIONS, Settings, all_options
 
+_WINDOWS: Final = sys.platform == "win32"
+
 PREFIX: Final = "TRIOSSPI_"
 #: The variable for the file itself.
 CONFIG_VARIABLE: Final = "TRIOSSPI_CONFIG"
@@ -198,7 +200,8 @@ def _read_environment(
         fallback = option.about.fallback
         if name in environ and not _SERVICE_LINK.fullmatch(environ[name]):
             yield option, environ[name], name
-        elif fallback is not None and environ.get(fallback) and option.name not in given:
+        elif fallback is not None and environ.get(fallback) and option.name not in given and not _WINDOWS:
+            # On Windows it is of no use to this server, and there for other programs.
             yield option, environ[fallback], fallback
     for name in environ:
         if name.startswith(PREFIX) and name not in options and name not in _OTHER_VARIABLES:
