@@ -100,7 +100,7 @@ $(STAMPS)/installed: pyproject.toml setup.py | $(STAMPS)/venv
 	@touch $@
 
 # The installation has built the extensions; after a change of their sources alone this rebuilds them, without the network.
-$(STAMPS)/built: src/_framing.pyx src/_sealing.pyx $(wildcard src/sealing/*.pxi) src/_thread_ids.pyx $(STAMPS)/installed
+$(STAMPS)/built: $(wildcard src/*.pyx src/shared/*.pxi src/sealing/*.pxi) $(STAMPS)/installed
 	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

@@ -19,8 +19,10 @@ To see where the extension spends its time, build it with symbols and profile it
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,13 +30,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import spnego
 
 from measure import interleaved, machine, versions
 from realm import kerberos
+from triosspi import _sealing
 from triosspi._sealing import KerberosSealer, NTLMSealer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SIZES = (32, 1024, 16384, 65536)
 BATCH = 64
@@ -290,13 +296,13 @@ def compare(
 COLUMNS = ("pyspnego", "gssapi", "native", "batch")
 
 
-def new_ntlm() -> NTLMSealer:
-    return NTLMSealer(os.urandom(16), initiator=True, send_sequence=0, receive_sequence=0)
+def new_ntlm(build: Any = _sealing) -> NTLMSealer:
+    return build.NTLMSealer(os.urandom(16), initiator=True, send_sequence=0, receive_sequence=0)
 
 
-def new_kerberos(enctype: int) -> KerberosSealer:
+def new_kerberos(enctype: int, build: Any = _sealing) -> KerberosSealer:
     key = os.urandom(32 if enctype in (18, 20) else 16)
-    return KerberosSealer(key, enctype, initiator=True, acceptor_subkey=True, send_sequence=0, receive_sequence=0)
+    return build.KerberosSealer(key, enctype, initiator=True, acceptor_subkey=True, send_sequence=0, receive_sequence=0)
 
 
 # ---- --threads ----
@@ -325,25 +331,43 @@ def together(calls: list[Callable[[], object]], seconds: float) -> list[int]:
     return [count[0] for count in counts]
 
 
+def built_to_release_from(size: int, place: Path) -> ModuleType:
+    """The extension once more, compiled to release the GIL from so many bytes in a call on. Needs the compiler."""
+    flags = f"{os.environ.get('CFLAGS', '')} -DSEALING_RELEASE_FROM={size}"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--force"]
+    command += ["--build-lib", str(place), "--build-temp", str(place / "objects")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "CFLAGS": flags}, check=True)
+    (path,) = place.glob("triosspi/_sealing.*")
+    spec = importlib.util.spec_from_file_location("triosspi._sealing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def threads(repeats: int, seconds: float) -> None:
     """The best of the repeats: a core that somebody else takes for a while would look like a GIL not released."""
-    from triosspi._sealing import _release_from  # noqa: PLC0415 - only here
-
-    print(f"{'':9}{'bytes':>8}{'':8}{'two sealing':>14}{'sealing beside busy Python':>30}   (1.00: one alone)")
+    with tempfile.TemporaryDirectory() as directory:
+        builds = {
+            mode: built_to_release_from(size, Path(directory) / mode)
+            for mode, size in (("keeps", 1 << 62), ("releases", 0))
+        }
+    print(f"{'':9}{'bytes':>8}{'':10}{'two sealing':>14}{'sealing beside busy Python':>30}   (1.00: one alone)")
     for name, new in (("NTLM", new_ntlm), ("Kerberos", partial(new_kerberos, 18))):
         for size in (4096, 16384, 65536, 262144, 1 << 20):
             messages = [os.urandom(size)]
 
-            def one(new: Callable[[], Any] = new, messages: list[bytes] = messages) -> Callable[[], object]:
-                return partial(new().seal_frames, messages)
+            def one(
+                build: ModuleType, new: Callable[..., Any] = new, messages: list[bytes] = messages
+            ) -> Callable[[], object]:
+                return partial(new(build=build).seal_frames, messages)
 
-            alone = max(together([one()], seconds)[0] for _ in range(repeats))
-            for mode, limit in (("keeps", 1 << 62), ("lets go", 0)):
-                before = _release_from(limit)
-                two = max(sum(together([one(), one()], seconds)) for _ in range(repeats))
-                beside = statistics.median(together([one(), int], seconds)[0] for _ in range(repeats))
-                _release_from(before)
-                print(f"{name:9}{size:8}{mode:>8}{two / alone:14.2f}{beside / alone:30.2f}", flush=True)
+            alone = max(together([one(builds["keeps"])], seconds)[0] for _ in range(repeats))
+            for mode, build in builds.items():
+                two = max(sum(together([one(build), one(build)], seconds)) for _ in range(repeats))
+                beside = statistics.median(together([one(build), int], seconds)[0] for _ in range(repeats))
+                print(f"{name:9}{size:8}{mode:>10}{two / alone:14.2f}{beside / alone:30.2f}", flush=True)
 
 
 # ---- --memory ----

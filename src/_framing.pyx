@@ -22,15 +22,24 @@
 #   - A piece is let go as soon as nothing of it is unread. What is held for a frame is then at most twice what
 #     arrived of it.
 #
+# Who owns what, and for how long:
+#
+#   - A piece that was fed belongs to whoever fed it; the scanner holds a reference in `chunk` or `behind`, and never
+#     writes to it. `at` points into `chunk` and is set and dropped with it.
+#   - `body` is the scanner's alone, with one reference that Cython does not count, from `reserve` until it is returned
+#     as a frame, which hands that reference over, or until `take_rest` or `__dealloc__` drops it.
+#   - What is returned belongs to the caller; the scanner keeps no reference and no pointer to it. (A piece that is
+#     exactly one payload is returned itself: both are immutable.)
+#   - The functions that pack and split own nothing beyond their call. They write only to objects made in the same call.
+#
 # Invariants, true between any two calls:
 #
 #   - `have_header` is what says that a length is known. Not `length != 0`: a frame of length zero is legal.
 #   - `header[:header_have]` are the header's bytes so far, four of them if and only if `have_header`.
-#   - `body` is NULL if and only if `body_have` is 0; it is ours alone (one reference, never handed out unfinished), which
-#     is what allows it to be resized and written.
+#   - `body` is NULL if and only if `body_have` is 0; it is never handed out unfinished.
 #   - `chunk` has unread bytes or is None, and is None only if `behind` is empty: `unread` counts the bytes of both.
-#   - A header is judged once, by the limit of that moment, when four bytes of it are at hand and the frame before it has
-#     been returned; never earlier, since the caller may change the limit in between.
+#   - A header is judged once, by the limit of that moment, when four bytes of it are at hand and the frame before it
+#     has been returned; never earlier, since the caller may change the limit in between.
 #
 # All arithmetic is unsigned (size_t, and uint32_t for what is on the wire), compared before it is used, and written so
 # that it cannot wrap: what is subtracted has just been compared, what is added is bounded by what is in memory.
@@ -38,39 +47,21 @@
 # A cdef function that returns an object says by NULL that it raised; the others say `except` or `noexcept`.
 
 cimport cython
-from cpython.bytes cimport (
-    PyBytes_AS_STRING,
-    PyBytes_Check,
-    PyBytes_CheckExact,
-    PyBytes_FromStringAndSize,
-    PyBytes_GET_SIZE,
-)
+from cpython.bytes cimport PyBytes_Check, PyBytes_CheckExact
 from cpython.number cimport PyNumber_Index
-from cpython.object cimport PyObject
 from cpython.ref cimport Py_CLEAR
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from libc.stdint cimport uint32_t
 from libc.string cimport memcpy
 
 from collections import deque
 
 
+include "shared/bytes.pxi"
+
 cdef extern from "Python.h":
-    const Py_ssize_t PY_SSIZE_T_MAX
-    # Our own declarations, on PyObject*: the object is made and resized while it is ours alone, outside of Cython's
-    # reference counting, which would hold a second reference.
-    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *source, Py_ssize_t size) except NULL
-    char *bytes_of "PyBytes_AS_STRING"(PyObject *object) noexcept
     Py_ssize_t size_of "PyBytes_GET_SIZE"(PyObject *object) noexcept
-    int resize_bytes "_PyBytes_Resize"(PyObject **object, Py_ssize_t size) except -1
 
-
-# The length's four bytes can say no more than this.
-cdef uint32_t U32_MAX = <uint32_t> 0xFFFFFFFF
-MAX_LENGTH = 0xFFFFFFFF
-
-# The most that an object can hold; only on a 32-bit system is it less than a length can say.
-cdef size_t OBJECT_MAX = <size_t> PY_SSIZE_T_MAX
+MAX_LENGTH = U32_MAX
 
 
 class LengthError(ValueError):
@@ -95,35 +86,10 @@ class LayoutError(ValueError):
         return f"a trailer of {self.trailer_length} bytes does not fit a record of {self.record_length}"
 
 
-cdef inline uint32_t load_u32(const unsigned char *at) noexcept nogil:
-    return (
-        <uint32_t> at[0]
-        | (<uint32_t> at[1] << 8)
-        | (<uint32_t> at[2] << 16)
-        | (<uint32_t> at[3] << 24)
-    )
-
-
-cdef inline unsigned char *store_u32(unsigned char *at, uint32_t value) noexcept nogil:
-    at[0] = <unsigned char> (value & 0xFF)
-    at[1] = <unsigned char> ((value >> 8) & 0xFF)
-    at[2] = <unsigned char> ((value >> 16) & 0xFF)
-    at[3] = <unsigned char> (value >> 24)
-    return at + 4
-
-
-cdef inline unsigned char *store_bytes(unsigned char *at, bytes value) noexcept:
+cdef inline byte *store_bytes(byte *at, bytes value) noexcept:
     cdef size_t size = length_of(value)
-    memcpy(at, PyBytes_AS_STRING(value), size)
+    memcpy(at, start_of(value), size)
     return at + size
-
-
-cdef inline size_t length_of(bytes value) noexcept:
-    return <size_t> PyBytes_GET_SIZE(value)
-
-
-cdef inline unsigned char *start_of(bytes value) noexcept:
-    return <unsigned char *> PyBytes_AS_STRING(value)
 
 
 cdef uint32_t checked_limit(object value) except? 0:
@@ -136,11 +102,11 @@ cdef uint32_t checked_limit(object value) except? 0:
 @cython.final
 cdef class FrameScanner:
     cdef bytes chunk  # the received piece being read; None when all is read
-    cdef const unsigned char *at  # the first unread byte of `chunk`
+    cdef const byte *at  # the first unread byte of `chunk`
     cdef size_t ahead  # how many bytes of `chunk` are unread
     cdef size_t unread  # how many bytes are unread in `chunk` and all of `behind`
     cdef object behind  # deque of the pieces after `chunk`, none empty; None until there is need of one
-    cdef unsigned char[4] header  # the header of the unfinished frame, as it came
+    cdef byte[4] header  # the header of the unfinished frame, as it came
     cdef unsigned int header_have  # how many bytes of `header` have come
     cdef bint have_header  # `length` is known and judged (or found bad)
     cdef uint32_t length  # what `header` announces
@@ -212,9 +178,9 @@ cdef class FrameScanner:
         # Rare, and for a few bytes: what has come of the header, then of the payload, then the pieces behind.
         cdef bytes beginning = <bytes> self.header[:self.header_have]
         if self.body is not NULL:
-            beginning += PyBytes_FromStringAndSize(bytes_of(self.body), <Py_ssize_t> min(self.body_have, <size_t> size))
+            beginning += cut(<const byte *> bytes_of(self.body), min(self.body_have, <size_t> size))
         if self.chunk is not None:
-            beginning += PyBytes_FromStringAndSize(<const char *> self.at, <Py_ssize_t> min(self.ahead, <size_t> size))
+            beginning += cut(self.at, min(self.ahead, <size_t> size))
         for piece in self.behind or ():
             if length_of(beginning) >= <size_t> size:
                 break
@@ -222,8 +188,8 @@ cdef class FrameScanner:
         return beginning[:size]
 
     def take_rest(self):
-        cdef bytes rest = new_buffer(self.held())
-        cdef unsigned char *to = start_of(rest)
+        cdef bytes rest = cut(NULL, self.held())
+        cdef byte *to = start_of(rest)
         memcpy(to, self.header, self.header_have)
         to += self.header_have
         if self.body is not NULL:
@@ -280,7 +246,7 @@ cdef class FrameScanner:
             # Nearly every frame goes this way: header and payload whole within the chunk.
             length = load_u32(self.at)
             if length <= self.max_length and length <= self.ahead - 4:
-                frame = PyBytes_FromStringAndSize(<const char *> self.at + 4, <Py_ssize_t> length)
+                frame = cut(self.at + 4, length)
                 self.advance(<size_t> 4 + length)
                 return frame
         if not self.have_header and not self.gather_header():
@@ -293,7 +259,7 @@ cdef class FrameScanner:
             if self.length == length_of(self.chunk):
                 frame = self.chunk
             else:
-                frame = PyBytes_FromStringAndSize(<const char *> self.at, <Py_ssize_t> self.length)
+                frame = cut(self.at, self.length)
             self.advance(self.length)
             self.forget_frame()
             return frame
@@ -360,23 +326,10 @@ cdef class FrameScanner:
         return 0
 
 
-cdef bytes new_buffer(size_t size):
-    """An uninitialised bytes object that nobody else has seen."""
-    return PyBytes_FromStringAndSize(NULL, <Py_ssize_t> size)
-
-
 cdef uint32_t checked_u32(size_t size, str what) except? 0:
     if size > U32_MAX:
         raise ValueError(f"{what} of {size} bytes does not fit a length of four bytes")
     return <uint32_t> size
-
-
-cdef size_t checked_sum(size_t left, size_t right) except? 0:
-    """The sum of two sizes, if an object can be that long; both are at most OBJECT_MAX, so that it does not wrap."""
-    cdef size_t total = left + right
-    if total > OBJECT_MAX:
-        raise ValueError("the result would be larger than an object can be")
-    return total
 
 
 def sizes_within(values, size_t least, size_t most):
@@ -393,14 +346,14 @@ def sizes_within(values, size_t least, size_t most):
 
 def pack_frame(bytes payload not None):
     cdef uint32_t length = checked_u32(length_of(payload), "a payload")
-    cdef bytes packed = new_buffer(checked_sum(4, length_of(payload)))
+    cdef bytes packed = cut(NULL, checked_sum(4, length_of(payload)))
     store_bytes(store_u32(start_of(packed), length), payload)
     return packed
 
 
 def pack_record(bytes trailer not None, bytes data not None):
     cdef uint32_t trailer_length = checked_u32(length_of(trailer), "a trailer")
-    cdef bytes packed = new_buffer(checked_sum(checked_sum(4, length_of(trailer)), length_of(data)))
+    cdef bytes packed = cut(NULL, checked_sum(checked_sum(4, length_of(trailer)), length_of(data)))
     store_bytes(store_bytes(store_u32(start_of(packed), trailer_length), trailer), data)
     return packed
 
@@ -421,7 +374,7 @@ def pack_framed_records(records):
     cdef object pair
     cdef bytes trailer, data, packed
     cdef size_t total = 0, size
-    cdef unsigned char *to
+    cdef byte *to
     for pair in pairs:
         check_record(pair)
         trailer = <bytes> PyTuple_GET_ITEM(pair, 0)
@@ -429,7 +382,7 @@ def pack_framed_records(records):
         size = checked_sum(checked_sum(4, length_of(trailer)), length_of(data))
         checked_u32(size, "a record")
         total = checked_sum(checked_sum(total, 4), size)
-    packed = new_buffer(total)
+    packed = cut(NULL, total)
     to = start_of(packed)
     for pair in pairs:
         trailer = <bytes> PyTuple_GET_ITEM(pair, 0)
@@ -446,12 +399,8 @@ def split_record(bytes record not None):
     cdef size_t size = length_of(record)
     if size < 4:
         raise LayoutError(-1, size)
-    cdef const unsigned char *start = start_of(record)
+    cdef const byte *start = start_of(record)
     cdef uint32_t trailer_length = load_u32(start)
     if trailer_length > size - 4:
         raise LayoutError(trailer_length, size)
-    cdef const char *after = <const char *> start + 4
-    return (
-        PyBytes_FromStringAndSize(after, <Py_ssize_t> trailer_length),
-        PyBytes_FromStringAndSize(after + trailer_length, <Py_ssize_t> (size - 4 - trailer_length)),
-    )
+    return cut(start + 4, trailer_length), cut(start + 4 + trailer_length, size - 4 - trailer_length)

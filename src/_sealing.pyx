@@ -33,39 +33,58 @@
 #   - Once a message did not open, none does ever again: cipher states have moved, and can no longer be the peer's. The
 #     other direction has a state of its own and goes on: what was good before the bad message may yet be answered, no
 #     matter in how many pieces the two arrived. Sealing ends only if libcrypto fails half-way through it.
-#   - Nothing that was not authenticated leaves: an opened message is put into a bytes object that nobody else has seen,
-#     and this is handed out when signature and number were found good.
+#   - Nothing that was not authenticated leaves the call that opened it.
 #   - Keys are in libcrypto's contexts only, which wipes them when they are freed.
 #
-# What stands in src/sealing/ is part of this module: what is declared of libcrypto, the primitives, and a sealer each for
-# NTLM and for Kerberos. Here is what the two have in common.
+# Who owns what, and for how long:
+#
+#   - For the life of the process: what is fetched of libcrypto (ciphers, hashes, key derivation, NTLM's library
+#     context) and the pool of confounders. `fetch` makes these once; nothing frees them, since sealers may use them to
+#     the last.
+#   - For the life of a sealer: its cipher contexts and the states of its HMACs, made in `__cinit__` and freed in
+#     `__dealloc__`. `__cinit__` may fail half-way: what was not made is NULL, and freeing that does nothing.
+#   - For one call: the hash context of `borrow` and `give_back`, the array of jobs, the scratch. A job points into the
+#     callers' messages and into frames that were made here; the call holds a reference to each, in a tuple or list of
+#     its own, since the callers' may change while the GIL is released.
+#   - Frames are made on a bare reference (`seal_all`), which becomes the caller's; what is opened goes into bytes
+#     objects that nobody else sees before signature and number were found good.
+#   - Keys as arguments are borrowed. Derived ones are on the stack and wiped before the function that derived them
+#     returns.
+#
+# What stands in src/sealing/ is part of this module: what is declared of libcrypto, the primitives, and a sealer each
+# for NTLM and for Kerberos. Here is what the two have in common.
 #
 # Whoever calls may come from an attacker's bytes: a length is compared before it is used, and before memory is taken.
 # All arithmetic is unsigned and cannot wrap, as in `_framing`.
 
 cimport cython
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_Check
 from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.number cimport PyNumber_Index
-from cpython.object cimport PyObject
 from cpython.ref cimport Py_CLEAR
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 import os
 
 
-cdef extern from "Python.h":
-    const Py_ssize_t PY_SSIZE_T_MAX
-    # On PyObject*, outside of Cython's reference counting: an object can only be resized while it has one reference.
-    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *source, Py_ssize_t size) except NULL
-    char *bytes_of "PyBytes_AS_STRING"(PyObject *object) noexcept
-    int resize_bytes "_PyBytes_Resize"(PyObject **object, Py_ssize_t size) except -1
+cdef extern from *:
+    """
+    #ifndef SEALING_RELEASE_FROM
+    #define SEALING_RELEASE_FROM 262144
+    #endif
+    """
+    # Bytes in one call from which on other threads may run meanwhile. Measured with `bench/bench_sealing.py --threads`
+    # (which builds this with other values) on two cores: where both let go, two threads that seal do up to twice the
+    # work of one from 64 KiB on. But who lets go beside a thread that is busy in Python may get the GIL back only after
+    # the interpreter's switch interval, 5 ms: that one sealed, of what it does alone, 0.13 at 64 KiB and 0.1 to 0.3 at
+    # 256 KiB and 1 MiB, where one that keeps the GIL does 0.4 to 0.5. So it is kept while others lose little by
+    # waiting: 256 KiB take 0.63 ms (Kerberos: 0.40), an eighth of what any thread has to grant any other.
+    const size_t RELEASE_FROM "(size_t) SEALING_RELEASE_FROM"
 
+include "shared/bytes.pxi"
 include "sealing/libcrypto.pxi"
-
-ctypedef unsigned char byte
 
 cdef enum:
     # Sizes, in bytes.
@@ -108,19 +127,8 @@ cdef tuple REASONS = (
 cdef str NO_MORE_OPENING = "nothing more opens: a message before this one did not"
 cdef str NO_MORE_SEALING = "nothing more can be sealed: libcrypto failed before"
 
-# Bytes in one call from which on other threads may run meanwhile. Measured with `bench/bench_sealing.py --threads` on
-# two cores: where both let go, two threads that seal do up to twice the work of one from 64 KiB on. But who lets go
-# beside a thread that is busy in Python may get the GIL back only after the interpreter's switch interval, 5 ms: that
-# one sealed, of what it does alone, 0.13 at 64 KiB and 0.1 to 0.3 at 256 KiB and 1 MiB, where one that keeps the GIL
-# does 0.4 to 0.5. So it is kept while others lose little by waiting: 256 KiB take 0.63 ms (Kerberos: 0.40), an eighth
-# of what any thread has to grant any other.
-cdef size_t RELEASE_FROM = 262144
-
 # The most that one call of EVP_CipherUpdate is given: it counts in int. A multiple of the block.
 cdef size_t PIECE_MAX = <size_t> 1 << 30
-
-cdef size_t U32_MAX = 0xFFFFFFFF
-cdef size_t OBJECT_MAX = <size_t> PY_SSIZE_T_MAX
 
 
 class SealingError(Exception):
@@ -440,35 +448,5 @@ cdef Job *new_jobs(size_t count) except NULL:
     return jobs
 
 
-cdef size_t checked_sum(size_t left, size_t right) except? 0:
-    """The sum of two sizes, if an object can be that long; both are at most OBJECT_MAX, so that it does not wrap."""
-    cdef size_t total = left + right
-    if total > OBJECT_MAX:
-        raise ValueError("the result would be larger than an object can be")
-    return total
-
-
 include "sealing/ntlm.pxi"
 include "sealing/kerberos.pxi"
-
-
-def _derive_key(bytes key not None, object enctype, bytes constant not None, size_t size):
-    # For the published vectors, nothing else: sealers derive their own.
-    cdef const Enctype *kind = find_enctype(enctype)
-    cdef byte[KEY_MAX] derived
-    fetch()
-    if not kerberos_works:
-        raise RuntimeError("not all that Kerberos needs is to be had here")
-    if length_of(key) != kind.key or length_of(constant) != 5 or size > KEY_MAX:
-        raise ValueError("wrong size")
-    if not derive_key(kind, start_of(key), start_of(constant), derived, size):
-        raise ValueError("no such key")
-    return cut(derived, size)
-
-
-def _release_from(size_t size):
-    # For measuring, and for testing with small messages. Returns what was set before.
-    global RELEASE_FROM
-    cdef size_t before = RELEASE_FROM
-    RELEASE_FROM = size
-    return before

@@ -12,12 +12,16 @@
 # each, of which the first takes ids of 16 bits and cuts. The C library's headers know.
 #
 # What a thread starts is who it is, for ever, so one that is somebody else for a moment must start none: they would be
-# found later in pools that the whole process shares, and do the server's work as the peer. `confine` makes attempts fail,
-# by an audit hook. It is C's, not Python's, since it is asked at every event of every thread. It never goes away again;
-# threads that are not confined pass through it.
+# found later in pools that the whole process shares, and do the server's work as the peer. `confine` makes attempts
+# fail, by an audit hook. It is C's, not Python's, since it is asked at every event of every thread. It never goes away
+# again; threads that are not confined pass through it.
 #
 # What could go wrong here: an id of all ones means "leave as it is" to the kernel. A user entry with that number would
 # leave a thread root that believes itself somebody else, so it is refused before any call.
+
+# Who owns what, and for how long: arrays of groups are this module's for one call, and freed in it. Everything else is
+# on the stack, but for two things that stay: the audit hook, for the life of the process (it has no data of its own),
+# and `ids_confined`, for the life of its thread.
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.errno cimport errno
@@ -306,7 +310,7 @@ def die(bytes line not None):
     reader.fd = STDERR
     reader.events = POLLOUT
     reader.revents = 0
-    # Nobody who has stopped reading our words may keep us alive.
+    # Standard error may be a pipe that is full and that nobody reads: a write would wait for ever, and this must die.
     if poll(&reader, 1, PATIENCE) == 1 and write(STDERR, text, <size_t> len(line)) < 0:
         pass
     abort()

@@ -4,10 +4,7 @@ import gc
 import inspect
 import pickle
 import random
-import shutil
-import subprocess
 import sys
-import sysconfig
 import time
 import tracemalloc
 from collections import namedtuple
@@ -20,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import framing_oracle as oracle
+from compiling import compile_without_a_warning
 from triosspi import _framing as compiled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -705,27 +703,4 @@ def test_the_stub_and_the_oracle_have_the_modules_names() -> None:
 
 def test_the_extension_compiles_without_a_warning(tmp_path: Path) -> None:
     """Signed against unsigned, and narrowing, are how a length becomes an overflow: the compiler must see none."""
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        pytest.skip("no gcc, whose warnings these are")
-    pytest.importorskip("Cython", reason="no Cython to make the C")
-    c_file = tmp_path / "_framing.c"
-    cython = [
-        sys.executable,
-        "-m",
-        "cython",
-        "-Wextra",
-        "-Werror",
-        "-o",
-        str(c_file),
-        str(ROOT / "src" / "_framing.pyx"),
-    ]
-    translated = subprocess.run(cython, capture_output=True, text=True, check=False)
-    assert translated.returncode == 0, translated.stderr
-    # -isystem: Python's headers are not ours to judge. -O2: some warnings come only with the optimiser's analysis.
-    headers = sysconfig.get_path("include")
-    flags = ["-O2", "-fPIC", "-Wall", "-Wsign-compare", "-Wconversion", "-Werror", "-isystem", headers]
-    command = [gcc, *flags, "-c", str(c_file), "-o", str(tmp_path / "_framing.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    compile_without_a_warning("_framing", tmp_path)

@@ -84,6 +84,7 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
         "setup.py",
         "src/_framing.pyx",
         "src/sealing/kerberos.pxi",
+        "src/shared/bytes.pxi",
         "src/triosspi/__init__.py",
         "src/triosspi/_framing.pyi",
         "src/triosspi/py.typed",

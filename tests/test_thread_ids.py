@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 from pathlib import Path
 
 import pytest
 
+from compiling import compile_without_a_warning
 from local_users import Users
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,18 +179,4 @@ def test_nobody_who_has_stopped_reading_keeps_the_process_alive():
 
 def test_the_extension_compiles_without_a_warning(tmp_path: Path) -> None:
     """An id that is cut to fewer bits is somebody else's: the compiler must see none."""
-    gcc = shutil.which("gcc")
-    if gcc is None:
-        pytest.skip("no gcc, whose warnings these are")
-    pytest.importorskip("Cython", reason="no Cython to make the C")
-    c_file = tmp_path / "_thread_ids.c"
-    source = ROOT / "src" / "_thread_ids.pyx"
-    cython = [sys.executable, "-m", "cython", "-Wextra", "-Werror", "-o", str(c_file), str(source)]
-    translated = subprocess.run(cython, capture_output=True, text=True, check=False)
-    assert translated.returncode == 0, translated.stderr
-    # -isystem: Python's headers are not ours to judge. -O2: some warnings come only with the optimiser's analysis.
-    headers = sysconfig.get_path("include")
-    flags = ["-O2", "-fPIC", "-Wall", "-Wsign-compare", "-Wconversion", "-Werror", "-isystem", headers]
-    command = [gcc, *flags, "-c", str(c_file), "-o", str(tmp_path / "_thread_ids.o")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (0, "")
+    compile_without_a_warning("_thread_ids", tmp_path)

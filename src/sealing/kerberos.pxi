@@ -149,14 +149,14 @@ cdef class KerberosSealer(Sealer):
         return GOOD
 
     cdef int measure(self, const byte *token, size_t size, size_t trailer, size_t *opened) noexcept nogil:
-        # Two things in a record are under nobody's signature, and each has one value that is taken, or they could be changed
-        # on the way without anybody's noticing: the cut between trailer and ciphertext, and the rotation.
+        # Two things in a record are under nobody's signature, and each has one value that is taken, or they could be
+        # changed on the way without anybody's noticing: the cut between trailer and ciphertext, and the rotation.
         #
-        # The cut is where the ciphertext is as long as the message. There SSPI's buffers have it, and there whoever has a
-        # token of gss_wrap's cuts it, turned or not: into as many bytes as the message has, and what is before them.
+        # The cut is where the ciphertext is as long as the message. There SSPI's buffers have it, and there whoever has
+        # a token of gss_wrap's cuts it, turned or not: into as many bytes as the message has, and what is before them.
         #
-        # RFC 4121 4.2.5 wants rotations taken that are longer than what is turned. Nobody sends one, and to add the length
-        # once more would change a bit of some messages and nothing else.
+        # RFC 4121 4.2.5 wants rotations taken that are longer than what is turned. Nobody sends one, and to add the
+        # length once more would change a bit of some messages and nothing else.
         cdef size_t extra
         if size < HEADER:
             return MALFORMED

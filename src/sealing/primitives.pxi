@@ -286,22 +286,6 @@ if hasattr(os, "register_at_fork"):
 # ---- bytes ----
 
 
-cdef inline uint32_t load_u32(const byte *at) noexcept nogil:
-    return (
-        <uint32_t> at[0]
-        | (<uint32_t> at[1] << 8)
-        | (<uint32_t> at[2] << 16)
-        | (<uint32_t> at[3] << 24)
-    )
-
-
-cdef inline void store_u32(byte *at, uint32_t value) noexcept nogil:
-    at[0] = <byte> (value & 0xFF)
-    at[1] = <byte> ((value >> 8) & 0xFF)
-    at[2] = <byte> ((value >> 16) & 0xFF)
-    at[3] = <byte> (value >> 24)
-
-
 cdef inline size_t load_u16_be(const byte *at) noexcept nogil:
     return (<size_t> at[0] << 8) | <size_t> at[1]
 
@@ -324,18 +308,6 @@ cdef inline void copy_turned(byte *to, const byte *ring, size_t ring_size, size_
     cdef size_t first = min(size, ring_size - begin)
     memcpy(to, ring + begin, first)
     memcpy(to + first, ring, size - first)
-
-
-cdef inline size_t length_of(bytes value) noexcept:
-    return <size_t> PyBytes_GET_SIZE(value)
-
-
-cdef inline byte *start_of(bytes value) noexcept:
-    return <byte *> PyBytes_AS_STRING(value)
-
-
-cdef inline bytes cut(const byte *start, size_t size):
-    return PyBytes_FromStringAndSize(<const char *> start, <Py_ssize_t> size)
 
 
 cdef bytes checked_bytes(object value, str what):
