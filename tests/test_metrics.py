@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from prometheus_client import Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from programs import environment
@@ -20,13 +22,11 @@ from triosspi import ConfigurationError
 from triosspi.security.identity import Traffic
 from triosspi.service.observe import metrics as module
 from triosspi.service.observe.metrics import (
-    DROP_CAUSES,
-    HANDSHAKE_OUTCOMES,
-    MECHANISMS,
     SESSION_OUTCOMES,
     Metrics,
     WorkerMetrics,
 )
+from triosspi.service.observe.telemetry import Telemetry
 from triosspi.service.serving import sessions
 
 PROMTOOL = shutil.which("promtool")
@@ -51,21 +51,19 @@ def value(exposition: bytes, name: str, **labels: str) -> float | None:
 
 
 def count_something(metrics: Metrics) -> None:
-    """Everything at least once."""
-    metrics.ready(True)
-    metrics.accepted()
-    metrics.accept_error()
-    metrics.connections(2, 3)
-    for cause in DROP_CAUSES:
-        metrics.dropped(cause)
-    for mechanism in MECHANISMS:
-        for outcome in HANDSHAKE_OUTCOMES:
-            metrics.handshake(mechanism, outcome, 0.003)
-    for outcome in SESSION_OUTCOMES:
-        metrics.session_ended(outcome)
-    metrics.traffic(Traffic(messages_sent=1, bytes_sent=2, messages_received=3, bytes_received=4))
-    metrics.unseal_failure()
-    metrics.loop_latency(0.004)
+    """Everything at least once, as it is declared: what is added there is looked at here."""
+    for series in module.SERIES:
+        for labels in itertools.product(*series.labels.values()):
+            if series.kind is Counter:
+                metrics.count(series, *labels)
+            elif series.kind is Gauge:
+                metrics.set(series, 2, *labels)
+            else:
+                metrics.observe(series, 0.003, *labels)
+
+
+def handshake(metrics: Metrics, mechanism: str | None, outcome: str, seconds: float) -> None:
+    Telemetry(metrics)._handshake(mechanism, outcome, seconds)
 
 
 # One process
@@ -90,10 +88,10 @@ def test_nothing_that_a_peer_says_makes_a_series(count: int) -> None:
     rng = random.Random(5)
     for _ in range(count):
         text = "".join(chr(rng.randrange(0x300)) for _ in range(8))
-        metrics.dropped(text)
-        metrics.session_ended(text)
-        metrics.handshake(text, text, 0.1)
-        metrics.handshake(None, "accepted", 0.1)
+        metrics.count(module.DROPPED, text)
+        metrics.count(module.SESSIONS_ENDED, text)
+        handshake(metrics, text, text, 0.1)
+        handshake(metrics, None, "accepted", 0.1)
     exposition = metrics.exposition()
     assert set(read(exposition)) == before
     assert value(exposition, "connections_dropped_total", cause="other") == count
@@ -109,10 +107,10 @@ def test_the_outcomes_and_causes_are_those_of_the_server() -> None:
 def test_handshakes_are_counted_with_how_long_they_took() -> None:
     metrics = Metrics()
     for seconds in (0.0005, 0.002, 0.002, 0.2, 20, 100):
-        metrics.handshake("ntlm", "accepted", seconds)
-    metrics.handshake("ntlm", "refused", 0.002)
+        handshake(metrics, "ntlm", "accepted", seconds)
+    handshake(metrics, "ntlm", "refused", 0.002)
     # Those that came too late took what the deadline is.
-    metrics.handshake("ntlm", "timeout", 30)
+    handshake(metrics, "ntlm", "timeout", 30)
     exposition = metrics.exposition()
     assert value(exposition, "handshakes_total", mechanism="ntlm", outcome="accepted") == 6
     assert value(exposition, "handshakes_total", mechanism="ntlm", outcome="timeout") == 1
@@ -125,9 +123,9 @@ def test_handshakes_are_counted_with_how_long_they_took() -> None:
 
 def test_traffic_is_added_up_in_both_directions_and_never_decreases() -> None:
     metrics = Metrics()
-    metrics.traffic(Traffic(messages_sent=1, bytes_sent=10, messages_received=0, bytes_received=0))
-    metrics.traffic(Traffic(messages_sent=0, bytes_sent=0, messages_received=2, bytes_received=2**40))
-    metrics.traffic(Traffic(messages_sent=-5, bytes_sent=-5, messages_received=1, bytes_received=-1))
+    Telemetry(metrics).traffic(Traffic(messages_sent=1, bytes_sent=10, messages_received=0, bytes_received=0))
+    Telemetry(metrics).traffic(Traffic(messages_sent=0, bytes_sent=0, messages_received=2, bytes_received=2**40))
+    Telemetry(metrics).traffic(Traffic(messages_sent=-5, bytes_sent=-5, messages_received=1, bytes_received=-1))
     exposition = metrics.exposition()
     assert value(exposition, "messages_total", direction="sent") == 1
     assert value(exposition, "messages_total", direction="received") == 3
@@ -138,8 +136,9 @@ def test_traffic_is_added_up_in_both_directions_and_never_decreases() -> None:
 def test_gauges_follow() -> None:
     metrics = Metrics()
     for pending, established, ready in ((5, 7, True), (0, 1, False)):
-        metrics.connections(pending, established)
-        metrics.ready(ready)
+        metrics.set(module.CONNECTIONS, pending, "pending")
+        metrics.set(module.CONNECTIONS, established, "established")
+        metrics.set(module.READY, ready)
         exposition = metrics.exposition()
         assert value(exposition, "connections", state="pending") == pending
         assert value(exposition, "connections", state="established") == established
@@ -148,7 +147,7 @@ def test_gauges_follow() -> None:
 
 def test_two_servers_in_one_process_do_not_share_their_numbers() -> None:
     one, two = Metrics(), Metrics()
-    one.accepted()
+    one.count(module.ACCEPTED)
     assert value(one.exposition(), "connections_accepted_total") == 1
     assert value(two.exposition(), "connections_accepted_total") == 0
 
@@ -169,7 +168,9 @@ WORKER = """
 import sys
 from triosspi.security.identity import Traffic
 from triosspi.service.observe.metrics import Metrics
+from triosspi.service.observe.telemetry import Telemetry
 metrics = Metrics(worker=True)
+telemetry = Telemetry(metrics)
 print("made", flush=True)
 for line in sys.stdin:
     eval(line)
@@ -230,12 +231,12 @@ def start(gathered: WorkerMetrics) -> Iterator[Callable[[], Worker]]:
 def test_what_the_workers_count_is_shown_as_one(gathered: WorkerMetrics, start: Callable[[], Worker]) -> None:
     one, two = start(), start()
     for worker, pending in ((one, 3), (two, 4)):
-        worker.do("metrics.accepted()")
-        worker.do(f"metrics.connections({pending}, 10)")
-        worker.do("metrics.ready(True)")
-        worker.do("metrics.traffic(Traffic(1, 100, 2, 200))")
-        worker.do("metrics.handshake('kerberos', 'accepted', 0.002)")
-        worker.do("metrics.loop_latency(0.02)")
+        worker.do("telemetry.accepted()")
+        worker.do(f"telemetry.connections({pending}, 10)")
+        worker.do("telemetry.ready(True)")
+        worker.do("telemetry.traffic(Traffic(1, 100, 2, 200))")
+        worker.do("telemetry._handshake('kerberos', 'accepted', 0.002)")
+        worker.do("telemetry.loop_latency(0.02)")
     exposition = gathered.exposition()
     assert value(exposition, "connections_accepted_total") == 2
     assert value(exposition, "connections", state="pending") == 7
@@ -258,10 +259,10 @@ def test_a_workers_end_takes_its_gauges_and_leaves_its_counts(
 ) -> None:
     one, two = start(), start()
     for worker in (one, two):
-        worker.do("metrics.accepted()")
-        worker.do("metrics.connections(1, 10)")
-        worker.do("metrics.ready(True)")
-        worker.do("metrics.loop_latency(0.02)")
+        worker.do("telemetry.accepted()")
+        worker.do("telemetry.connections(1, 10)")
+        worker.do("telemetry.ready(True)")
+        worker.do("telemetry.loop_latency(0.02)")
     gathered.worker_died(one.end(kill))
     for _ in range(2):
         exposition = gathered.exposition()
@@ -272,7 +273,7 @@ def test_a_workers_end_takes_its_gauges_and_leaves_its_counts(
         assert value(exposition, "loop_latency_seconds_sum") == pytest.approx(0.04)
         assert value(exposition, "workers_ended_total") == 1
     # And the one that takes its place adds to that.
-    start().do("metrics.accepted()")
+    start().do("telemetry.accepted()")
     assert value(gathered.exposition(), "connections_accepted_total") == 3
 
 
@@ -282,8 +283,8 @@ def test_however_many_workers_have_ended_the_files_are_as_many_as_for_one(
     sizes = []
     for number in range(1, 4):
         worker = start()
-        worker.do("metrics.accepted()")
-        worker.do("metrics.loop_latency(0.5)")
+        worker.do("telemetry.accepted()")
+        worker.do("telemetry.loop_latency(0.5)")
         gathered.worker_died(worker.end(kill=number == 2))
         assert value(gathered.exposition(), "connections_accepted_total") == number
         assert value(gathered.exposition(), "loop_latency_seconds_count") == number
@@ -295,7 +296,7 @@ def test_a_death_that_is_told_twice_or_of_nobody_changes_nothing(
     gathered: WorkerMetrics, start: Callable[[], Worker]
 ) -> None:
     worker = start()
-    worker.do("metrics.accepted()")
+    worker.do("telemetry.accepted()")
     pid = worker.end()
     for one in (pid, pid, 999_999_999):
         gathered.worker_died(one)
@@ -326,7 +327,7 @@ def entry(key: bytes) -> bytes:
 def test_a_file_that_a_dead_worker_has_left_half_written_is_given_up(
     rubbish: bytes, gathered: WorkerMetrics, start: Callable[[], Worker]
 ) -> None:
-    start().do("metrics.accepted()")
+    start().do("telemetry.accepted()")
     for kind in ("counter", "histogram", "gauge_livesum"):
         (gathered.directory / f"{kind}_1.db").write_bytes(rubbish)
     gathered.worker_died(1)
@@ -347,7 +348,7 @@ def test_the_directory_is_the_servers_own_and_goes_with_it(tmp_path: Path, monke
         os.environ.update(metrics.environment)
         # Not for this process, which counts in memory already.
         one = Metrics()
-        one.accepted()
+        one.count(module.ACCEPTED)
         assert value(one.exposition(), "connections_accepted_total") == 1
     assert "PROMETHEUS_MULTIPROC_DIR" not in os.environ
     assert list(tmp_path.iterdir()) == []
@@ -357,7 +358,7 @@ def test_the_directory_is_the_servers_own_and_goes_with_it(tmp_path: Path, monke
 
 
 def test_where_somebody_else_has_set_the_directory_one_process_shows_what_is_in_it(tmp_path: Path) -> None:
-    code = "from triosspi.service.observe.metrics import Metrics\nm = Metrics()\nm.accepted()\nprint(m.exposition().decode())"
+    code = "from triosspi.service.observe.metrics import ACCEPTED, Metrics\nm = Metrics()\nm.count(ACCEPTED)\nprint(m.exposition().decode())"
     for number in (1, 2):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -389,7 +390,7 @@ def test_promtool_finds_nothing_to_complain_of(
 ) -> None:
     assert PROMTOOL is not None
     if across:
-        start().do("metrics.accepted()")
+        start().do("telemetry.accepted()")
         exposition = gathered.exposition()
     else:
         metrics = Metrics()

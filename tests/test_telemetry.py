@@ -401,9 +401,7 @@ def test_no_failure_reaches_the_server_and_only_the_first_is_told(
     def broken(*_: object, **__: object) -> None:
         raise OSError("a full disk")
 
-    for name in ("accepted", "dropped", "handshake", "session_ended", "traffic", "loop_latency", "ready"):
-        monkeypatch.setattr(metrics, name, broken)
-    for name in ("accept_error", "connections", "unseal_failure"):
+    for name in ("count", "observe", "set"):
         monkeypatch.setattr(metrics, name, broken)
     told.accepted()
     told.dropped("penalty", SOURCE)

@@ -16,8 +16,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -28,8 +28,9 @@ import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, values
 from prometheus_client.core import CounterMetricFamily
@@ -40,7 +41,6 @@ from prometheus_client.registry import Collector
 
 from ... import __version__
 from ..._errors import ConfigurationError
-from ...security.identity import Traffic
 from ..reasons import described
 
 log = logging.getLogger("triosspi.metrics")
@@ -82,6 +82,75 @@ _HANDSHAKE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 # From the millisecond that nobody notices to the seconds after which a supervisor thinks of killing.
 _LATENCY_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One metric.
+
+    Attributes:
+      kind: what it is to Prometheus.
+      name: its name there.
+      help: what it says, in one sentence.
+      labels: its labels, and the values that each may have.
+      buckets: of a histogram.
+    """
+
+    kind: type[Counter | Gauge | Histogram]
+    name: str
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+
+
+# All that is counted. To add one is to declare it here, and to call `Telemetry.count` (or a method of that) where it happens.
+READY: Final = Series(Gauge, "triosspi_ready", "Processes that take connections: not those that start or drain.")
+CONNECTIONS: Final = Series(
+    Gauge,
+    "triosspi_connections",
+    "Open connections, before and after their login.",
+    {"state": ("pending", "established")},
+)
+ACCEPTED: Final = Series(Counter, "triosspi_connections_accepted_total", "Connections that were accepted.")
+DROPPED: Final = Series(
+    Counter, "triosspi_connections_dropped_total", "Connections closed before the login began.", {"cause": DROP_CAUSES}
+)
+ACCEPT_ERRORS: Final = Series(Counter, "triosspi_accept_errors_total", "Failures of accept(2).")
+HANDSHAKES: Final = Series(
+    Counter,
+    "triosspi_handshakes_total",
+    "Handshakes that ended.",
+    {"mechanism": MECHANISMS, "outcome": HANDSHAKE_OUTCOMES},
+)
+HANDSHAKE_SECONDS: Final = Series(
+    Histogram,
+    "triosspi_handshake_seconds",
+    "How long handshakes took that were accepted or refused in time.",
+    {"mechanism": MECHANISMS},
+    _HANDSHAKE_BUCKETS,
+)
+SESSIONS_ENDED: Final = Series(
+    Counter, "triosspi_sessions_ended_total", "Sessions that ended.", {"outcome": SESSION_OUTCOMES}
+)
+MESSAGES: Final = Series(
+    Counter, "triosspi_messages_total", "Messages that were unsealed or sealed.", {"direction": ("received", "sent")}
+)
+MESSAGE_BYTES: Final = Series(
+    Counter,
+    "triosspi_message_bytes_total",
+    "Bytes of those messages, in plaintext.",
+    {"direction": ("received", "sent")},
+)
+UNSEAL_FAILURES: Final = Series(Counter, "triosspi_unseal_failures_total", "Messages that did not open.")
+LOOP_LATENCY: Final = Series(
+    Histogram,
+    "triosspi_loop_latency_seconds",
+    "How late the event loop ran what was due.",
+    buckets=_LATENCY_BUCKETS,
+)
+
+#: All of these.
+SERIES: Final = tuple(declared for declared in list(vars().values()) if isinstance(declared, Series))
+
 _VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 # Bytes that a worker's files take, and a little more.
 _ROOM: Final = 2**19
@@ -112,11 +181,7 @@ class Metrics:
             ProcessCollector(registry=self._registry)
 
     def _make(self) -> None:
-        """Make every series, and keep each one's method: looking it up takes longer than counting."""
-        counter = functools.partial(Counter, registry=self._registry)
-        gauge = functools.partial(Gauge, registry=self._registry, multiprocess_mode="livesum")
-        histogram = functools.partial(Histogram, registry=self._registry)
-
+        """Make every series, with each of its labels' values."""
         build = Gauge(
             "triosspi_build_info",
             "Always 1; the labels say what runs.",
@@ -127,98 +192,44 @@ class Metrics:
         build.labels(
             __version__, platform.python_version(), *map(importlib.metadata.version, ("trio", "pyspnego"))
         ).set(1)
+        # Kept by their labels' values: looking one up in prometheus_client takes longer than counting.
+        self._children: dict[Series, dict[tuple[str | None, ...], Any]] = {}
+        for series in SERIES:
+            options: dict[str, Any] = {"registry": self._registry}
+            if series.kind is Gauge:
+                options["multiprocess_mode"] = "livesum"
+            elif series.kind is Histogram:
+                options["buckets"] = series.buckets
+            metric = series.kind(series.name, series.help, list(series.labels), **options)
+            self._children[series] = {
+                values: metric.labels(*values) if values else metric
+                for values in itertools.product(*series.labels.values())
+            }
 
-        self._ready = gauge("triosspi_ready", "Processes that take connections: not those that start or drain.")
-        connections = gauge("triosspi_connections", "Open connections, before and after their login.", ["state"])
-        self._pending, self._established = connections.labels("pending"), connections.labels("established")
-        self._accepted = counter("triosspi_connections_accepted_total", "Connections that were accepted.")
-        dropped = counter("triosspi_connections_dropped_total", "Connections closed before the login began.", ["cause"])
-        self._dropped = {cause: dropped.labels(cause) for cause in DROP_CAUSES}
-        self._accept_errors = counter("triosspi_accept_errors_total", "Failures of accept(2).")
-
-        shakes = counter("triosspi_handshakes_total", "Handshakes that ended.", ["mechanism", "outcome"])
-        self._handshakes = {
-            (mechanism, outcome): shakes.labels(mechanism, outcome)
-            for mechanism in MECHANISMS
-            for outcome in HANDSHAKE_OUTCOMES
-        }
-        took = histogram(
-            "triosspi_handshake_seconds",
-            "How long handshakes took that were accepted or refused in time.",
-            ["mechanism"],
-            buckets=_HANDSHAKE_BUCKETS,
-        )
-        self._handshake_seconds = {mechanism: took.labels(mechanism) for mechanism in MECHANISMS}
-
-        ended = counter("triosspi_sessions_ended_total", "Sessions that ended.", ["outcome"])
-        self._ended = {outcome: ended.labels(outcome) for outcome in SESSION_OUTCOMES}
-        messages = counter("triosspi_messages_total", "Messages that were unsealed or sealed.", ["direction"])
-        self._messages_received, self._messages_sent = messages.labels("received"), messages.labels("sent")
-        size = counter("triosspi_message_bytes_total", "Bytes of those messages, in plaintext.", ["direction"])
-        self._bytes_received, self._bytes_sent = size.labels("received"), size.labels("sent")
-        self._unseal_failures = counter("triosspi_unseal_failures_total", "Messages that did not open.")
-
-        self._latency = histogram(
-            "triosspi_loop_latency_seconds", "How late the event loop ran what was due.", buckets=_LATENCY_BUCKETS
-        )
-
-    def accepted(self) -> None:
-        """A connection was accepted."""
-        self._accepted.inc()
-
-    def dropped(self, cause: str) -> None:
-        """A connection was closed before its login began."""
-        (self._dropped.get(cause) or self._dropped["other"]).inc()
-
-    def accept_error(self) -> None:
-        """accept(2) has failed."""
-        self._accept_errors.inc()
-
-    def handshake(self, mechanism: str | None, outcome: str, seconds: float) -> None:
-        """A handshake has ended.
+    def count(self, series: Series, *labels: str | None, by: float = 1) -> None:
+        """So many more of something have happened.
 
         Args:
-          mechanism: ``"kerberos"``, ``"ntlm"``, or None where it is not known.
-          outcome: one of `HANDSHAKE_OUTCOMES`.
-          seconds: how long it took.
+          series: a counter that is declared here.
+          labels: the values of its labels. What is not among those that one may have counts as the last of them.
+          by: how many.
         """
-        if mechanism not in self._handshake_seconds:
-            mechanism = "unknown"
-        (self._handshakes.get((mechanism, outcome)) or self._handshakes[mechanism, "refused"]).inc()
-        if outcome != "timeout":
-            # They all take the same, and would hide the others.
-            self._handshake_seconds[mechanism].observe(seconds)
+        self._child(series, labels).inc(by)
 
-    def session_ended(self, outcome: str) -> None:
-        """A session has ended; what went over it is `traffic`'s."""
-        (self._ended.get(outcome) or self._ended["other"]).inc()
+    def observe(self, series: Series, value: float, *labels: str | None) -> None:
+        """Something that a histogram is kept of had this value; see `count`."""
+        self._child(series, labels).observe(value)
 
-    def traffic(self, news: Traffic) -> None:
-        """Count what has gone over channels since the last call."""
-        # Most sessions that are looked at have nothing to tell, or nothing in one direction.
-        if news.messages_received > 0:
-            self._messages_received.inc(news.messages_received)
-            self._bytes_received.inc(max(0, news.bytes_received))
-        if news.messages_sent > 0:
-            self._messages_sent.inc(news.messages_sent)
-            self._bytes_sent.inc(max(0, news.bytes_sent))
+    def set(self, series: Series, value: float, *labels: str | None) -> None:
+        """A gauge stands at this value now; see `count`."""
+        self._child(series, labels).set(value)
 
-    def unseal_failure(self) -> None:
-        """A message did not open."""
-        self._unseal_failures.inc()
-
-    def connections(self, pending: int, established: int) -> None:
-        """How many connections are open now, before and after their login."""
-        self._pending.set(pending)
-        self._established.set(established)
-
-    def loop_latency(self, seconds: float) -> None:
-        """The event loop ran something so late."""
-        self._latency.observe(seconds)
-
-    def ready(self, ready: bool) -> None:
-        """Whether this process takes connections."""
-        self._ready.set(ready)
+    def _child(self, series: Series, labels: tuple[str | None, ...]) -> Any:
+        children = self._children[series]
+        if (child := children.get(labels)) is None:
+            sets = zip(labels, series.labels.values(), strict=True)
+            child = children[tuple(label if label in values else values[-1] for label, values in sets)]
+        return child
 
     def exposition(self) -> bytes:
         """All of it, in Prometheus's text format (`CONTENT_TYPE`).

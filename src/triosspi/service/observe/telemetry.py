@@ -16,11 +16,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, Final, ParamSpec, Protocol
+from typing import Concatenate, Final, ParamSpec
 
 from ...security.identity import ContextFlag, PeerIdentity, Traffic
+from . import metrics as series
 from .logs import get_logger
-from .metrics import DROP_CAUSES, Metrics
+from .metrics import DROP_CAUSES, Metrics, Series
+from .status import Health
 
 log = logging.getLogger("triosspi.telemetry")
 
@@ -35,16 +37,6 @@ _REFUSALS_AT_ONCE: Final = 1000.0
 _UNPLEASANT: Final = frozenset({"lost", "handler_error"})
 
 P = ParamSpec("P")
-
-
-class Health(Protocol):
-    """What is told that the event loop turns, and whether connections are taken; see `status.Health`."""
-
-    def heartbeat(self) -> None:
-        """The event loop turns."""
-
-    def set_ready(self, ready: bool) -> None:
-        """Whether connections are taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,19 +136,32 @@ class Telemetry:
         self._refusals_left = _REFUSALS_AT_ONCE
         self._refusals_at = clock()
 
+    @_unfailing
+    def count(self, what: Series) -> None:
+        """Something has happened that only a counter is kept of; `what` is declared in `metrics`."""
+        self._count(what)
+
+    def _count(self, what: Series, *labels: str | None, by: float = 1) -> None:
+        if self._metrics is not None:
+            self._metrics.count(what, *labels, by=by)
+
+    def _handshake(self, mechanism: str | None, outcome: str, seconds: float) -> None:
+        self._count(series.HANDSHAKES, mechanism, outcome)
+        if self._metrics is not None and outcome != "timeout":
+            # They all take the same, and would hide the others.
+            self._metrics.observe(series.HANDSHAKE_SECONDS, seconds, mechanism)
+
     # Connections
 
     @_unfailing
     def accepted(self) -> None:
         """A connection was accepted."""
-        if self._metrics is not None:
-            self._metrics.accepted()
+        self._count(series.ACCEPTED)
 
     @_unfailing
     def dropped(self, cause: str, source: str) -> None:
         """A connection was closed before its login began; `cause` is one of `metrics.DROP_CAUSES`."""
-        if self._metrics is not None:
-            self._metrics.dropped(cause)
+        self._count(series.DROPPED, cause)
         tally = self._dropped.get(cause)
         if tally is None:
             cause, tally = "other", self._dropped["other"]
@@ -167,8 +172,7 @@ class Telemetry:
     @_unfailing
     def accept_error(self, error: OSError) -> None:
         """accept(2) has failed; what it said."""
-        if self._metrics is not None:
-            self._metrics.accept_error()
+        self._count(series.ACCEPT_ERRORS)
         self._accept_errors.add(error.strerror or str(error))
         self._accept_errno = errno.errorcode.get(error.errno or 0)
         if self._accept_errors.next_at <= (now := self._clock()):
@@ -178,7 +182,8 @@ class Telemetry:
     def connections(self, pending: int, established: int) -> None:
         """How many connections are open now, before and after their login."""
         if self._metrics is not None:
-            self._metrics.connections(pending, established)
+            self._metrics.set(series.CONNECTIONS, pending, "pending")
+            self._metrics.set(series.CONNECTIONS, established, "established")
 
     # Logins and sessions
 
@@ -195,8 +200,7 @@ class Telemetry:
           seconds: how long it took.
           timed_out: whether its time was over.
         """
-        if self._metrics is not None:
-            self._metrics.handshake(mechanism, "timeout" if timed_out else "refused", seconds)
+        self._handshake(mechanism, "timeout" if timed_out else "refused", seconds)
         now = self._clock()
         left = self._refusals_left + max(0.0, now - self._refusals_at) * _REFUSALS_PER_SECOND
         self._refusals_left, self._refusals_at = min(left, _REFUSALS_AT_ONCE), now
@@ -225,8 +229,7 @@ class Telemetry:
           peer: who it is.
           seconds: how long the handshake took.
         """
-        if self._metrics is not None:
-            self._metrics.handshake(peer.mechanism, "accepted", seconds)
+        self._handshake(peer.mechanism, "accepted", seconds)
         self._audit.info(
             "login",
             session_id=session_id,
@@ -245,8 +248,7 @@ class Telemetry:
     @_unfailing
     def session_ended(self, end: SessionEnd) -> None:
         """A session has ended. What went over it is only recorded: it is counted by `traffic`."""
-        if self._metrics is not None:
-            self._metrics.session_ended(end.outcome)
+        self._count(series.SESSIONS_ENDED, end.outcome)
         peer = end.peer
         tell = self._audit.warning if end.outcome in _UNPLEASANT else self._audit.info
         tell(
@@ -270,14 +272,18 @@ class Telemetry:
     @_unfailing
     def traffic(self, news: Traffic) -> None:
         """What has gone over channels since the last call: now and then while sessions live, and when they end."""
-        if self._metrics is not None:
-            self._metrics.traffic(news)
+        # Most sessions that are looked at have nothing to tell, or nothing in one direction.
+        if news.messages_received > 0:
+            self._count(series.MESSAGES, "received", by=news.messages_received)
+            self._count(series.MESSAGE_BYTES, "received", by=max(0, news.bytes_received))
+        if news.messages_sent > 0:
+            self._count(series.MESSAGES, "sent", by=news.messages_sent)
+            self._count(series.MESSAGE_BYTES, "sent", by=max(0, news.bytes_sent))
 
     @_unfailing
     def unseal_failure(self) -> None:
         """A message did not open."""
-        if self._metrics is not None:
-            self._metrics.unseal_failure()
+        self._count(series.UNSEAL_FAILURES)
 
     # The server itself
 
@@ -287,7 +293,7 @@ class Telemetry:
         if self._health is not None:
             self._health.heartbeat()
         if self._metrics is not None:
-            self._metrics.loop_latency(seconds)
+            self._metrics.observe(series.LOOP_LATENCY, seconds)
         self._tell_sums(self._clock())
 
     @_unfailing
@@ -296,7 +302,7 @@ class Telemetry:
         if self._health is not None:
             self._health.set_ready(ready)
         if self._metrics is not None:
-            self._metrics.ready(ready)
+            self._metrics.set(series.READY, ready)
 
     @_unfailing
     def close(self) -> None:
