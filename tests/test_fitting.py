@@ -1,4 +1,4 @@
-"""What does not fit into what the system lets a server have: the limit on descriptors, raised, kept to and told; the backlog."""
+"""What does not fit into what the system lets a server have: the limit on descriptors, kept to and told; the backlog."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ import trio
 from programs import MODULE, PATIENCE, run, running
 from triosspi import Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
-from triosspi.service.config import fitting
-from triosspi.service.config.fitting import RESERVED, descriptor_limit, fitted, misfits, raise_descriptor_limit
+from triosspi.service.config import system
+from triosspi.service.config.fitting import RESERVED, fitted, misfits
 from triosspi.service.config.settings import Connections, Limits, Listen, Settings, Workers
 
 if sys.platform == "win32":
     pytest.skip("Windows has no limit on descriptors", allow_module_level=True)
 
-import resource
 
 PASSWORD = "a password"
 
@@ -43,41 +42,6 @@ def accounts(tmp_path: Path) -> Path:
 
 def settings(most: int, **sections: Any) -> Settings:
     return Settings(limits=Limits(max_connections=most), **sections)
-
-
-# The limit
-
-
-@pytest.mark.parametrize(
-    ("limits", "refused", "expected"),
-    [
-        ((1024, 4096), [], (4096, 4096)),
-        ((4096, 4096), [], (4096, 4096)),
-        ((256, resource.RLIM_INFINITY), [], (resource.RLIM_INFINITY, resource.RLIM_INFINITY)),
-        # macOS takes no soft limit without a number.
-        ((256, resource.RLIM_INFINITY), [resource.RLIM_INFINITY], (10240, resource.RLIM_INFINITY)),
-        ((20000, resource.RLIM_INFINITY), [resource.RLIM_INFINITY], (20000, resource.RLIM_INFINITY)),
-        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), [], (resource.RLIM_INFINITY, resource.RLIM_INFINITY)),
-        # A sandbox lets nobody change it.
-        ((1024, 4096), [4096, 10240], (1024, 4096)),
-    ],
-)
-def test_the_soft_limit_becomes_as_much_as_the_system_lets_it(
-    limits: tuple[int, int], refused: list[int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [limits]
-
-    def set_limit(_: int, wanted: tuple[int, int]) -> None:
-        if wanted[0] in refused or (wanted[1] != resource.RLIM_INFINITY and wanted[0] > wanted[1]):
-            raise ValueError("not allowed to raise maximum limit")
-        now.append(wanted)
-
-    monkeypatch.setattr(resource, "getrlimit", lambda _: now[-1])
-    monkeypatch.setattr(resource, "setrlimit", set_limit)
-    raise_descriptor_limit()
-    assert now[-1] == expected
-    soft, hard = (None if limit == resource.RLIM_INFINITY else limit for limit in expected)
-    assert (descriptor_limit(), descriptor_limit(hard=True)) == (soft, hard)
 
 
 # What fits
@@ -119,7 +83,7 @@ def test_a_worker_needs_descriptors_for_its_share_only() -> None:
 
 
 def test_a_backlog_that_the_kernel_cuts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "_SOMAXCONN", tmp_path / "somaxconn")
+    monkeypatch.setattr(system, "_SOMAXCONN", tmp_path / "somaxconn")
     wanted = settings(1, listen=Listen(backlog=200))
     # Not Linux.
     assert not [*misfits(wanted, None)]

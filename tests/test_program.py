@@ -18,9 +18,9 @@ import trio
 from programs import running
 from triosspi import ConfigurationError, Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor, program
+from triosspi.service.config.assembly import DemoAccount
 from triosspi.service.config.configuration import Configuration, Sources
 from triosspi.service.config.settings import Connections, Listen
-from triosspi.service.demo import DemoAccount
 from triosspi.service.program import Program, unpickled
 
 PASSWORD = "a password"

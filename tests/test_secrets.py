@@ -17,7 +17,7 @@ from forge import Client, nt_hash, response_token
 from triosspi import Acceptor, AccountFile, AuthenticationError, Initiator, SSPIChannel, WireFormat
 from triosspi.security.ntlm.messages import read_authenticate
 from triosspi.security.ntlm.verification import NTLMPolicy, verify
-from triosspi.service.demo import DemoAccount
+from triosspi.service.config.assembly import DemoAccount
 from triosspi.session.session import Session
 
 PASSWORD = "Tr0ub4dor&3"

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from triosspi import ConfigurationError
-from triosspi.service.config import cores
 from triosspi.service.config.options import LiveSection, OptionError, Section, StartSection, options_of
 from triosspi.service.config.settings import (
     PARTS,
@@ -33,6 +32,7 @@ from triosspi.service.config.settings import (
     all_options,
     only_by_restart,
 )
+from triosspi.service.config.system import usable_cores
 
 OPTIONS = all_options()
 by_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=lambda option: option.name)
@@ -400,48 +400,6 @@ def test_what_only_a_restart_can_change_is_known() -> None:
 # Cores
 
 
-def place_group(root: Path, group: str, **limits: str) -> None:
-    """Control groups under a made-up root: what each level's cpu.max says."""
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(f"1:name=systemd:/old\n0::{group}\n")
-    for name, limit in limits.items():
-        directory = root / "sys/fs/cgroup" / name.replace("_", "/")
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "cpu.max").write_text(limit)
-
-
-@pytest.mark.parametrize(
-    ("group", "limits", "expected"),
-    [
-        ("/a/b", {}, 8),
-        ("/a/b", {"a_b": "max 100000"}, 8),
-        ("/a/b", {"a_b": "150000 100000\n"}, 2),
-        ("/a/b", {"a_b": "max 100000", "a": "300000 100000"}, 3),
-        ("/a/b", {"a_b": "1000 100000"}, 1),
-        ("/a/b", {"a_b": "1600000 100000"}, 8),
-        ("/a/b", {"a_b": "rubbish"}, 8),
-        ("/a/b", {"a_b": "1 0"}, 8),
-        # A container's own group, and one from outside of its view.
-        ("/", {"": "200000 100000"}, 2),
-        ("/../../x", {"x": "100000 100000"}, 8),
-    ],
-)
-def test_a_process_has_no_more_cores_than_its_control_groups_give_it_time(
-    group: str, limits: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _pid: set(range(8)), raising=False)
-    place_group(tmp_path, group, **limits)
-    assert cores.usable_cores(tmp_path) == expected
-
-
-def test_without_control_groups_the_scheduler_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _pid: {1, 5}, raising=False)
-    assert cores.usable_cores(tmp_path) == 2
-    monkeypatch.delattr(cores.os, "sched_getaffinity")
-    monkeypatch.setattr(cores.os, "cpu_count", lambda: None)
-    assert cores.usable_cores(tmp_path) == 1
-
-
 def test_auto_is_as_many_workers_as_usable_cores() -> None:
-    expected = cores.usable_cores()
+    expected = usable_cores()
     assert OPTIONS["workers"].read("auto") == OPTIONS["workers"].read_variable("auto") == expected >= 1

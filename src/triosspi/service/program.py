@@ -20,12 +20,11 @@ from .._errors import ConfigurationError
 from ..session import Tracer
 from ..tcp import Handler, TCPChannel, format_address
 from .apps import Greet
-from .config.assembly import choose_app, make_acceptor, make_impersonation
+from .config.assembly import DemoAccount, choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
 from .config.fitting import UNPROXIED, fitted, misfits
 from .config.options import OptionError
 from .config.settings import Connections, Limits, Listen, LiveSettings, Settings, StartSettings, only_by_restart
-from .demo import DemoAccount
 from .network.listening import close_listeners, open_listeners, remove_socket_files
 from .network.unix_sockets import UNIX
 from .observe.logs import configure as configure_logs

@@ -17,9 +17,10 @@ from ..._errors import ConfigurationError
 from ...security.ntlm.accounts import AccountTable
 from ..config.assembly import choose_app, make_acceptor, make_account_map, needs_demo_account
 from ..config.configuration import CONFIG_VARIABLE, Configuration, ConfigurationErrors, Sources
-from ..config.fitting import descriptor_limit, misfits
+from ..config.fitting import misfits
 from ..config.options import Option, OptionError
 from ..config.settings import SECTIONS, all_options
+from ..config.system import descriptor_limit
 from ..reasons import only_configuration_errors
 from .common import log_to_stderr
 

@@ -13,11 +13,10 @@ import click
 import trio
 
 from ...security.pyspnego_compat import allow_token_logging
-from ..config.assembly import app_name, choose_app, needs_demo_account
-from ..config.fitting import descriptor_limit, raise_descriptor_limit
+from ..config.assembly import DemoAccount, app_name, choose_app, needs_demo_account
 from ..config.options import OptionError
 from ..config.settings import Serve
-from ..demo import DemoAccount
+from ..config.system import descriptor_limit, raise_descriptor_limit
 from ..network.listening import where
 from ..program import Program
 from ..transcript import Transcript

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
+from dataclasses import dataclass, field
 
 from ...impersonation import AccountMap, Impersonation
 from ...security.credentials import Acceptor, Mechanism
-from ...security.ntlm.accounts import AccountFile, AccountSource
+from ...security.ntlm.accounts import Account, AccountFile, AccountSource, AccountTable
+from ...security.ntlm.primitives import nt_hash
 from ...security.sealers import NTLM_TRAILER_SIZE
 from ...tcp import Handler
 from ...wire import SAMPLE_RECORD_SIZE, WireFormat
@@ -16,6 +19,31 @@ from .options import OptionError
 from .settings import Accept, Impersonate, LocalAccounts, Serve, StartSettings
 
 _WINDOWS = sys.platform == "win32"
+
+
+@dataclass(frozen=True, slots=True)
+class DemoAccount:
+    """An account made up for one run of the server, so that it can be tried without any set-up.
+
+    Attributes:
+      principal: who.
+      password: shown to whoever has started the server, and to nobody else.
+    """
+
+    principal: str
+    password: str = field(repr=False)
+
+    @classmethod
+    def make(cls) -> DemoAccount:
+        """One with a random password of 96 bits."""
+        return cls("DEMO\\guest", secrets.token_urlsafe(12))
+
+    def table(self) -> AccountTable:
+        """It alone, as an account source."""
+        domain, _, name = self.principal.partition("\\")
+        table = AccountTable()
+        table.add(Account(domain, name, nt_hash(self.password)))
+        return table
 
 
 def needs_demo_account(accept: Accept) -> bool:

@@ -1,26 +1,18 @@
-"""What the system lets this program have, and what of the settings will not be as they say."""
+"""What of the settings will not be as they say, for what the system lets this program have."""
 
 # A connection is a descriptor. Where the limit on descriptors comes before `max_connections`, that cap is never met: accept(2)
 # fails instead, and with it everything else that opens a file, the account file and the keytab included. So the program
 # takes the limit that it may have, cuts the cap to what fits, and says so.
-#
-# The soft limit is 1,024 on most systems for the sake of programs that use select(2), which knows no more. Trio does not.
-# What a handler starts inherits the limit.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from .settings import Limits, Settings
-
-if sys.platform != "win32":
-    import resource
+from .system import longest_backlog
 
 #: Descriptors that a process needs beside its connections: two for each of the 40 threads that may look at keytabs, account
 #: files and replay caches at the same time, 32 for who asks for metrics, 16 for sockets, event loops and what they wake with.
@@ -31,31 +23,6 @@ UNPROXIED: Final = (
     "proxy_from has no effect: it is about addresses, and only unix sockets are listened on; set proxy_unix, if whoever "
     "connects to them is a proxy"
 )
-
-# macOS has no hard limit, and takes no soft one that is greater (OPEN_MAX).
-_OPEN_MAX: Final = 10240
-_SOMAXCONN: Final = Path("/proc/sys/net/core/somaxconn")
-
-
-def raise_descriptor_limit() -> None:
-    """Let this process, and what it starts, open as many files as it may."""
-    if sys.platform == "win32":
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, _OPEN_MAX):
-        if soft == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= soft):
-            return
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            return
-
-
-def descriptor_limit(*, hard: bool = False) -> int | None:
-    """How many files this process may open, or could let itself open; None where there is no limit."""
-    if sys.platform == "win32":
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[hard]
-    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def fitted(limits: Limits, descriptors: int | None) -> Limits:
@@ -87,7 +54,7 @@ def misfits(settings: Settings, descriptors: int | None) -> Iterator[str]:
             f"connections are taken{each}; raise the limit (LimitNOFILE=, ulimit -n) to {share + RESERVED}, "
             "or lower max_connections"
         )
-    backlog, most = settings.listen.backlog, _somaxconn()
+    backlog, most = settings.listen.backlog, longest_backlog()
     if backlog is not None and most is not None and backlog > most:
         yield f"backlog = {backlog} does not fit: the kernel lets {most} wait; raise net.core.somaxconn, or lower backlog"
     listen, connections = settings.listen, settings.connections
@@ -98,10 +65,3 @@ def misfits(settings: Settings, descriptors: int | None) -> Iterator[str]:
 def _room(descriptors: int) -> int:
     # Where there are so few that nothing is left, half of them: some connections are better than none.
     return max(1, descriptors - RESERVED, descriptors // 2 if descriptors < 2 * RESERVED else 0)
-
-
-def _somaxconn() -> int | None:
-    try:
-        return int(_SOMAXCONN.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None

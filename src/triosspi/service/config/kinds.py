@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..network.addresses import IPNetwork
-from .cores import usable_cores
+from .system import usable_cores
 
 
 class Explained(ValueError):

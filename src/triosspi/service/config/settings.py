@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta, field
@@ -318,20 +318,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 #: The parts by their names in `Settings`, and in the order in which people read them.
-PARTS: Final[dict[str, type[Section]]] = {
-    "serve": Serve,
-    "listen": Listen,
-    "connections": Connections,
-    "accept": Accept,
-    "impersonation": Impersonate,
-    "local_accounts": LocalAccounts,
-    "limits": Limits,
-    "workers": Workers,
-    "stopping": Stopping,
-    "log": Log,
-    "metrics": Metrics,
-    "reload": Reload,
-}
+PARTS: Final[dict[str, type[Section]]] = get_type_hints(Settings)
 #: Options that there were once, and what to do where one is still written somewhere.
 REMOVED: Final = {"reuse_port": "all workers accept from the same sockets now: leave it out"}
 #: The file's sections.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import trio
@@ -25,6 +25,7 @@ import trio
 from ..._errors import ConfigurationError, printable
 from ...tcp import format_address, peername, remember
 from ...tcp.accepting import _CONNECTION_ERRNOS
+from ..config.settings import Listen
 from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
 from .descriptors import inherited_listeners
@@ -52,43 +53,11 @@ _KEEPALIVE_COUNT: Final[int | None] = getattr(socket, "TCP_KEEPCNT", None)
 _FILES: Final[WeakKeyDictionary[trio.abc.Listener[trio.SocketStream], SocketFile]] = WeakKeyDictionary()
 
 
-class ListenSettings(Protocol):
-    """What is read of the settings."""
-
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Names or addresses; none are `ANY_HOST`, or nothing where there are unix sockets."""
-
-    @property
-    def port(self) -> int:
-        """TCP port of all of them; 0 lets the system choose."""
-
-    @property
-    def unix(self) -> tuple[Path, ...]:
-        """Unix sockets."""
-
-    @property
-    def unix_mode(self) -> int:
-        """Who may connect to them: the file's mode."""
-
-    @property
-    def backlog(self) -> int | None:
-        """How many connections may wait; None: as many as the system allows."""
-
-
-class HasSocket(Protocol):
-    """A listener, of Trio's or of ours."""
-
-    @property
-    def socket(self) -> Any:
-        """What it accepts from."""
-
-
 # Opening and closing
 
 
 async def open_listeners(
-    settings: ListenSettings, environ: MutableMapping[str, str] | None = None
+    settings: Listen, environ: MutableMapping[str, str] | None = None
 ) -> list[trio.SocketListener]:
     """Listen everywhere; or take the sockets that systemd has opened, and then nowhere else.
 
@@ -127,8 +96,8 @@ def remove_socket_files(listeners: Iterable[trio.abc.Listener[trio.SocketStream]
             file.remove()
 
 
-def queued(listener: HasSocket) -> Iterator[trio.SocketStream]:
-    """The connections that wait to be accepted, now."""
+def queued(listener: Any) -> Iterator[trio.SocketStream]:
+    """The connections that wait to be accepted, now, by a listener that has a ``socket``."""
     with socket.fromfd(listener.socket.fileno(), listener.socket.family, socket.SOCK_STREAM) as sock:
         sock.setblocking(False)
         while True:
@@ -155,7 +124,7 @@ def where(listener: trio.SocketListener) -> str:
     return format_address(host, port)
 
 
-def _open_unix(path: Path, settings: ListenSettings, undo: ExitStack) -> trio.SocketListener:
+def _open_unix(path: Path, settings: Listen, undo: ExitStack) -> trio.SocketListener:
     # Not `resolve`: where there is a link it is looked at, not followed.
     sock, file = open_unix_socket(Path(os.path.abspath(path)), settings.unix_mode, _backlog(settings))
     undo.callback(sock.close)
@@ -165,7 +134,7 @@ def _open_unix(path: Path, settings: ListenSettings, undo: ExitStack) -> trio.So
     return listener
 
 
-def _backlog(settings: ListenSettings) -> int:
+def _backlog(settings: Listen) -> int:
     return _LONGEST_BACKLOG if settings.backlog is None else min(settings.backlog, _LONGEST_BACKLOG)
 
 
@@ -176,7 +145,7 @@ def _listener(sock: socket.socket) -> trio.SocketListener:
 # TCP
 
 
-async def _open_tcp(settings: ListenSettings, undo: ExitStack) -> list[trio.SocketListener]:
+async def _open_tcp(settings: Listen, undo: ExitStack) -> list[trio.SocketListener]:
     for tries_left in reversed(range(_TRIES)):
         try:
             with ExitStack() as attempt:
@@ -193,7 +162,7 @@ class _PortTaken(ConfigurationError):
     """A port that the system has chosen for one address is not free on another."""
 
 
-async def _bind_all(settings: ListenSettings, undo: ExitStack) -> list[socket.socket]:
+async def _bind_all(settings: Listen, undo: ExitStack) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     port = settings.port
     for host in settings.hosts or ANY_HOST:
@@ -211,7 +180,7 @@ async def _bind_all(settings: ListenSettings, undo: ExitStack) -> list[socket.so
     return sockets
 
 
-async def _bind_host(host: str, port: int, settings: ListenSettings, undo: ExitStack) -> list[socket.socket]:
+async def _bind_host(host: str, port: int, settings: Listen, undo: ExitStack) -> list[socket.socket]:
     """Bind a socket to each address of a host, as far as this machine has it.
 
     A name may have one that it has not: in /etc/hosts "localhost" is ::1, too, where a container has no IPv6.
@@ -257,9 +226,7 @@ def _has_ipv6() -> bool:
     return True
 
 
-def _bind(
-    family: socket.AddressFamily, address: tuple[Any, ...], settings: ListenSettings, undo: ExitStack
-) -> socket.socket:
+def _bind(family: socket.AddressFamily, address: tuple[Any, ...], settings: Listen, undo: ExitStack) -> socket.socket:
     """Bind a socket to an address, and listen.
 
     Raises:

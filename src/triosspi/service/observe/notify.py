@@ -86,10 +86,6 @@ class Notifier:
         """How it is, in one line, for ``systemctl status``."""
         self._tell(status=text)
 
-    def main_pid(self, pid: int) -> None:
-        """Another process is the service from now on."""
-        self._tell(f"MAINPID={pid}", patience=_PATIENCE)
-
     def alive(self) -> None:
         """The service is well: do not restart it."""
         self._tell("WATCHDOG=1")

@@ -1,10 +1,23 @@
-"""How many processor cores this process may use."""
+"""What the system lets this program have: processor cores, descriptors, connections that wait."""
+
+# The soft limit on descriptors is 1,024 on most systems for the sake of programs that use select(2), which knows no more. Trio
+# does not. What a handler starts inherits the limit.
 
 from __future__ import annotations
 
 import math
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Final
+
+if sys.platform != "win32":
+    import resource
+
+# macOS has no hard limit, and takes no soft one that is greater (OPEN_MAX).
+_OPEN_MAX: Final = 10240
+_SOMAXCONN: Final = Path("/proc/sys/net/core/somaxconn")
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -48,3 +61,32 @@ def _cores_of(file: Path, unlimited: int) -> int:
         return unlimited if quota == "max" else math.ceil(int(quota) / int(period))
     except (OSError, ValueError, ZeroDivisionError):
         return unlimited
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process, and what it starts, open as many files as it may."""
+    if sys.platform == "win32":
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, _OPEN_MAX):
+        if soft == resource.RLIM_INFINITY or (limit != resource.RLIM_INFINITY and limit <= soft):
+            return
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            return
+
+
+def descriptor_limit(*, hard: bool = False) -> int | None:
+    """How many files this process may open, or could let itself open; None where there is no limit."""
+    if sys.platform == "win32":
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[hard]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def longest_backlog() -> int | None:
+    """How many connections the kernel lets wait at one socket; None where it does not say."""
+    try:
+        return int(_SOMAXCONN.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
