@@ -11,25 +11,25 @@ import pytest
 import trio
 import trio.testing
 
-from triosspi.service.workers.balance import MOMENT, MOMENTS, PAUSE, BalancedListener, Board, Share
+from triosspi.service.workers.balance import MOMENT, MOMENTS, PAUSE, BalancedListener, Loads, OwnLoad
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
-    board = Board.make(2)
-    yield board
-    board.close()
+def loads() -> Iterator[Loads]:
+    loads = Loads.make(2)
+    yield loads
+    loads.close()
 
 
 class Workers:
     """Some that accept from one socket, each with a number of connections."""
 
-    def __init__(self, board: Board, number: int = 2) -> None:
+    def __init__(self, loads: Loads, number: int = 2) -> None:
         first = socket.create_server(("127.0.0.1", 0))
         self.address = first.getsockname()
-        self.shares = [Share(board, place) for place in range(1, number + 1)]
+        self.shares = [OwnLoad(loads, place) for place in range(1, number + 1)]
         sockets = [first, *(first.dup() for _ in range(number - 1))]
         self.listeners = [BalancedListener(sock, share) for sock, share in zip(sockets, self.shares, strict=True)]
         self.accepted = [0] * number
@@ -58,46 +58,46 @@ class Workers:
             await listener.aclose()
 
 
-# The board
+# The loads
 
 
-def test_what_one_process_writes_the_other_reads(board: Board) -> None:
-    assert board.get(1) is None
-    other = Board(os.dup(board.fileno()))
+def test_what_one_process_writes_the_other_reads(loads: Loads) -> None:
+    assert loads.get(1) is None
+    other = Loads(os.dup(loads.fileno()))
     other.set(1, 7)
     other.set(2, 0)
-    assert (board.get(1), board.get(2)) == (7, 0)
+    assert (loads.get(1), loads.get(2)) == (7, 0)
     other.close()
     other.close()
-    assert board.get(1) == 7
+    assert loads.get(1) == 7
 
 
-def test_who_has_more_than_another_is_told_so_and_an_empty_place_is_not_another(board: Board) -> None:
-    share = Share(board, 1)
+def test_who_has_more_than_another_is_told_so_and_an_empty_place_is_not_another(loads: Loads) -> None:
+    share = OwnLoad(loads, 1)
     share.count = lambda: 5
     assert share.others_if_more() is None
-    board.set(2, 5)
+    loads.set(2, 5)
     assert share.others_if_more() is None
-    board.set(2, 4)
+    loads.set(2, 4)
     assert share.others_if_more() == [4]
-    assert Share(board, 2).others_if_more() is None
+    assert OwnLoad(loads, 2).others_if_more() is None
 
 
-def test_a_worker_that_does_not_say_how_many_it_has_counts_what_it_has_accepted(board: Board) -> None:
-    share = Share(board, 1)
+def test_a_worker_that_does_not_say_how_many_it_has_counts_what_it_has_accepted(loads: Loads) -> None:
+    share = OwnLoad(loads, 1)
     share.tell()
-    assert board.get(1) == 0
+    assert loads.get(1) == 0
     share.took_one()
     share.took_one()
     share.tell()
-    assert board.get(1) == 2
+    assert loads.get(1) == 2
 
 
-def test_a_board_is_inherited_by_nobody_who_is_not_given_it(board: Board) -> None:
-    assert not os.get_inheritable(board.fileno())
-    fd = os.dup(board.fileno())
+def test_the_loads_are_inherited_by_nobody_who_is_not_given_them(loads: Loads) -> None:
+    assert not os.get_inheritable(loads.fileno())
+    fd = os.dup(loads.fileno())
     os.set_inheritable(fd, True)
-    other = Board(fd)
+    other = Loads(fd)
     assert not os.get_inheritable(fd)
     other.close()
 
@@ -106,9 +106,9 @@ def test_a_board_is_inherited_by_nobody_who_is_not_given_it(board: Board) -> Non
 
 
 async def test_clients_that_come_one_by_one_are_shared_evenly(
-    board: Board, autojump_clock: trio.testing.MockClock
+    loads: Loads, autojump_clock: trio.testing.MockClock
 ) -> None:
-    workers = Workers(board)
+    workers = Workers(loads)
     async with trio.open_nursery() as nursery:
         for place in (1, 2):
             workers.begin(place)
@@ -129,10 +129,10 @@ async def test_clients_that_come_one_by_one_are_shared_evenly(
 
 
 async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
-    board: Board, autojump_clock: trio.testing.MockClock
+    loads: Loads, autojump_clock: trio.testing.MockClock
 ) -> None:
     # He hangs: his number stands there, and he takes nothing.
-    workers = Workers(board)
+    workers = Workers(loads)
     workers.begin(1, 5)
     workers.begin(2)
     for _ in range(100):
@@ -141,16 +141,16 @@ async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
     with trio.move_on_after(PAUSE / 2):
         await workers.work(1)
     assert workers.accepted == [100, 0]
-    assert board.get(1) == 105
+    assert loads.get(1) == 105
     # And when he has been waited for in vain, he is not waited for again at once.
     assert trio.current_time() - start < MOMENT + PAUSE
     await workers.close()
 
 
 async def test_one_that_comes_and_takes_is_given_time_but_not_for_ever(
-    board: Board, autojump_clock: trio.testing.MockClock
+    loads: Loads, autojump_clock: trio.testing.MockClock
 ) -> None:
-    workers = Workers(board)
+    workers = Workers(loads)
     workers.begin(1, 500)
     workers.begin(2)
     for _ in range(100):
@@ -175,8 +175,8 @@ async def test_one_that_comes_and_takes_is_given_time_but_not_for_ever(
     await workers.close()
 
 
-async def test_nobody_waits_for_a_place_that_is_empty(board: Board, autojump_clock: trio.testing.MockClock) -> None:
-    workers = Workers(board)
+async def test_nobody_waits_for_a_place_that_is_empty(loads: Loads, autojump_clock: trio.testing.MockClock) -> None:
+    workers = Workers(loads)
     workers.begin(1, 5)
     await workers.connect()
     start = trio.current_time()
@@ -185,8 +185,8 @@ async def test_nobody_waits_for_a_place_that_is_empty(board: Board, autojump_clo
     await workers.close()
 
 
-async def test_a_cancelled_accept_loses_nobody(board: Board, autojump_clock: trio.testing.MockClock) -> None:
-    workers = Workers(board)
+async def test_a_cancelled_accept_loses_nobody(loads: Loads, autojump_clock: trio.testing.MockClock) -> None:
+    workers = Workers(loads)
     workers.begin(1, 5)
     workers.begin(2)
     await workers.connect()
@@ -197,8 +197,8 @@ async def test_a_cancelled_accept_loses_nobody(board: Board, autojump_clock: tri
     await workers.close()
 
 
-async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_to_the_others(board: Board) -> None:
-    workers = Workers(board)
+async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_to_the_others(loads: Loads) -> None:
+    workers = Workers(loads)
     mine, other = workers.listeners
     async with trio.open_nursery() as nursery:
 
@@ -217,8 +217,8 @@ async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_t
     await workers.close()
 
 
-async def test_an_accept_is_a_checkpoint(board: Board) -> None:
-    workers = Workers(board)
+async def test_an_accept_is_a_checkpoint(loads: Loads) -> None:
+    workers = Workers(loads)
     await workers.connect()
     with trio.testing.assert_checkpoints():
         workers.streams.append(await workers.listeners[0].accept())

@@ -37,7 +37,7 @@ from triosspi.service.network.listening import (
     tune,
     where,
 )
-from triosspi.service.workers.balance import BalancedListener, Board, Share
+from triosspi.service.workers.balance import BalancedListener, Loads, OwnLoad
 from triosspi.tcp.accepting import accept, remember
 
 LOCAL = "127.0.0.1"
@@ -796,13 +796,13 @@ async def accepted_by_the_server(listener: trio.SocketListener) -> trio.SocketSt
 
 
 async def accepted_by_a_worker(listener: trio.SocketListener) -> trio.SocketStream:
-    board = Board.make(1)
+    loads = Loads.make(1)
     try:
         sock = socket.socket(fileno=os.dup(listener.socket.fileno()))
-        async with BalancedListener(sock, Share(board, 1)) as balanced:
+        async with BalancedListener(sock, OwnLoad(loads, 1)) as balanced:
             return await balanced.accept()
     finally:
-        board.close()
+        loads.close()
 
 
 async def accepted_while_stopping(listener: trio.SocketListener) -> trio.SocketStream:

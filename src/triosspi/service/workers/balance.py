@@ -1,4 +1,4 @@
-"""Even shares for worker processes that accept from one socket."""
+"""Even shares for worker processes that accept from one socket: who has the fewest connections goes first (leastconn)."""
 
 # A connection to a shared socket wakes every worker that waits for one, and whichever runs first has it. That is good where
 # there is work: who is busy comes late, so connections go where there is time for them, and none waits for a worker that
@@ -37,7 +37,7 @@ _SIZE: Final = 8
 _NOBODY: Final = 2**64 - 1
 
 
-class Board:
+class Loads:
     """How many connections each worker has.
 
     Args:
@@ -52,13 +52,13 @@ class Board:
         self._numbers = memoryview(self._map).cast("Q")
 
     @classmethod
-    def make(cls, places: int) -> Board:
+    def make(cls, places: int) -> Loads:
         """A new one, with nobody on it.
 
         Raises:
           OSError: there is no memory.
         """
-        fd = os.memfd_create("triosspi-board")
+        fd = os.memfd_create("triosspi-loads")
         try:
             os.write(fd, _NOBODY.to_bytes(_SIZE, sys.byteorder) * places)
             return cls(fd)
@@ -95,35 +95,35 @@ class Board:
             os.close(self._fd)
 
 
-class Share:
-    """A worker's own line on the board.
+class OwnLoad:
+    """A worker's own among the loads.
 
     Args:
-      board: the board.
-      place: the worker's.
+      loads: of all.
+      place: the worker's number.
 
     Attributes:
       count: how many connections it has now; by default how many it has ever accepted.
     """
 
-    def __init__(self, board: Board, place: int) -> None:
-        self._board = board
+    def __init__(self, loads: Loads, place: int) -> None:
+        self._loads = loads
         self._place = place
         self._accepted = 0
         self.count: Callable[[], int] = lambda: self._accepted
 
     def tell(self) -> None:
         """Write the number down."""
-        self._board.set(self._place, self.count())
+        self._loads.set(self._place, self.count())
 
     def took_one(self) -> None:
         """It has accepted a connection, which need not be counted yet."""
         self._accepted += 1
-        self._board.set(self._place, self.count() + 1)
+        self._loads.set(self._place, self.count() + 1)
 
     def others_if_more(self) -> list[int] | None:
         """The others' numbers, if this worker has more than one of them."""
-        others = self._board.others(self._place)
+        others = self._loads.others(self._place)
         return others if others and min(others) < self.count() else None
 
 
@@ -132,13 +132,13 @@ class BalancedListener(trio.abc.Listener[trio.SocketStream]):
 
     Args:
       sock: listens already; belongs to this from now on.
-      share: our own.
+      load: this worker's.
     """
 
-    def __init__(self, sock: socket.socket, share: Share) -> None:
+    def __init__(self, sock: socket.socket, load: OwnLoad) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._share = share
+        self._load = load
         self._wait_for_nobody_until = -math.inf
 
     async def accept(self) -> trio.SocketStream:
@@ -155,16 +155,16 @@ class BalancedListener(trio.abc.Listener[trio.SocketStream]):
                 sock, address = self._sock.accept()
             except BlockingIOError:
                 continue
-            self._share.took_one()
+            self._load.took_one()
             return remember(trio.SocketStream(trio.socket.from_stdlib_socket(sock)), address)
 
     async def _let_others_go_first(self) -> None:
         for _ in range(MOMENTS):
-            others = self._share.others_if_more()
+            others = self._load.others_if_more()
             if others is None or trio.current_time() < self._wait_for_nobody_until:
                 return
             await trio.sleep(MOMENT)
-            if others == self._share.others_if_more():
+            if others == self._load.others_if_more():
                 break
         # They did not come, or there is too much even for them.
         self._wait_for_nobody_until = trio.current_time() + PAUSE

@@ -42,7 +42,7 @@ from ..admission.tables import Columns, Tables
 from ..observe.notify import Notifier
 from ..reasons import described, only_configuration_errors, reason
 from ..serving.reloading import Reading, watch_files
-from .balance import Board
+from .balance import Loads
 from .processes import COMMAND, Process, Timing, Work, WorkerProcess, spawn
 from .worker_link import Plan
 
@@ -136,7 +136,7 @@ class Supervisor:
     ) -> None:
         self._sockets = list(sockets)
         self._number = number
-        self._board: Board | None = None
+        self._loads: Loads | None = None
         self._work = work
         self._tables: Tables | None = None
         self._timing = timing if timing is not None else Timing()
@@ -202,8 +202,8 @@ class Supervisor:
                     self._attending.cancel_scope.cancel()
         finally:
             self._close()
-            if self._board is not None:
-                self._board.close()
+            if self._loads is not None:
+                self._loads.close()
             if self._tables is not None:
                 self._tables.close()
         if failure is not None:
@@ -216,7 +216,7 @@ class Supervisor:
         if not hasattr(os, "memfd_create"):
             raise ConfigurationError("several workers need Linux: start with one")
         try:
-            self._board = Board.make(self._number)
+            self._loads = Loads.make(self._number)
             # A worker that is replaced finishes beside its successor.
             columns = 2 * self._number
             self._tables = Tables.make(columns)
@@ -291,14 +291,14 @@ class Supervisor:
         _tell(self._on_start)
         listeners = tuple(sock.fileno() for sock in self._sockets)
         work = self._work
-        assert self._board is not None
+        assert self._loads is not None
         assert self._tables is not None
-        board, tables = self._board.fileno(), self._tables.fileno()
+        loads, tables = self._loads.fileno(), self._tables.fileno()
         column = self._columns.take()
         plan = Plan(
             number=number,
             listeners=listeners,
-            board=board,
+            loads=loads,
             update=work.update,
             tables=(tables, column),
             heartbeat=self._timing.heartbeat,
@@ -309,7 +309,7 @@ class Supervisor:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, board, tables))
+                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, loads, tables))
             except BaseException:
                 ours.close()
                 raise
@@ -337,8 +337,8 @@ class Supervisor:
             # By identity: the system may have given the number to the next already.
             self._workers.discard(worker)
             self._columns.give_back(column)
-            if self._board is not None and not any(other.number == worker.number for other in self._workers):
-                self._board.set(worker.number, None)
+            if self._loads is not None and not any(other.number == worker.number for other in self._workers):
+                self._loads.set(worker.number, None)
             _tell(self._on_end, worker.pid)
             self._tell_status()
 
@@ -407,18 +407,18 @@ class Supervisor:
     async def _hand_over(self) -> None:
         """Have the sockets with one worker and with this process alone; or with nobody, where nobody is queued on them."""
         while True:
-            heir = await self._find_heir()
-            others = self._workers - {heir}
+            last = await self._find_last()
+            others = self._workers - {last}
             for worker in others:
                 worker.drain()
             with trio.move_on_after(self._timing.closing):
                 for worker in others:
                     await worker.wait_closed()
             # One that was told to go by somebody else meanwhile has emptied the queue once, and not for the last time.
-            if (heir is not None and heir.serving) or not self._waited_on():
+            if (last is not None and last.serving) or not self._waited_on():
                 return
 
-    async def _find_heir(self) -> WorkerProcess | None:
+    async def _find_last(self) -> WorkerProcess | None:
         """A worker that will empty the sockets; None: there is none, and nobody is queued."""
         for worker in self.workers:
             if worker.serving and await worker.make_last():

@@ -19,7 +19,7 @@ import trio
 from ..._errors import ConfigurationError
 from ..admission.tables import Tables
 from ..program import unpickled
-from .balance import BalancedListener, Board, Share
+from .balance import BalancedListener, Loads, OwnLoad
 from .worker_link import Plan, WorkerLink, take_descriptors
 
 log = logging.getLogger("triosspi.server")
@@ -30,14 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     link_fd, plan_fd = map(int, arguments)
     plan = Plan.take(plan_fd)
     (sock,) = take_descriptors([link_fd])
-    share = Share(Board(plan.board), plan.number)
+    load = OwnLoad(Loads(plan.loads), plan.number)
     link = WorkerLink(
         sock,
         plan.update,
         heartbeat=plan.heartbeat,
         max_sessions=plan.max_sessions,
         alarm=plan.alarm,
-        share=share,
+        load=load,
     )
     link.tables = Tables.of(*plan.tables)
     # Until the server takes them, signals end the process, and that quietly.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     try:
         program = unpickled(plan.update.service)
-        listeners = [BalancedListener(listener, share) for listener in take_descriptors(plan.listeners)]
+        listeners = [BalancedListener(listener, load) for listener in take_descriptors(plan.listeners)]
         trio.run(program.serve, listeners, link)
     except ConfigurationError as exc:
         link.failed(str(exc))

@@ -27,7 +27,7 @@ import msgspec
 import trio
 
 from ..admission.tables import Tables
-from .balance import Share
+from .balance import OwnLoad
 
 #: Seconds between two heartbeats.
 HEARTBEAT: Final = 1.0
@@ -139,7 +139,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Attributes:
       number: of the worker's place, from 1, for people.
       listeners: descriptors of the listening sockets, which all workers accept from.
-      board: descriptor of the `Board` on which they agree about it.
+      loads: descriptor of the `Loads` on which they agree about it.
       tables: descriptor of the `Tables` that all workers share, and this one's column in them.
       update: what to serve, until there is another.
       heartbeat: seconds between two heartbeats.
@@ -149,7 +149,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     number: int
     listeners: tuple[int, ...]
-    board: int
+    loads: int
     tables: tuple[int, int | None]
     update: Update
     heartbeat: float = HEARTBEAT
@@ -199,7 +199,7 @@ class WorkerLink:
       heartbeat: see `Plan`.
       max_sessions: see `Plan`.
       alarm: see `Plan`.
-      share: this worker's line on the board; None: no socket is contested.
+      load: this worker's own among the loads; None: it accepts alone.
 
     Attributes:
       on_parent_gone: called once, when the supervisor has died or wants the worker to go: finish what is
@@ -221,14 +221,14 @@ class WorkerLink:
         heartbeat: float = HEARTBEAT,
         max_sessions: int | None = None,
         alarm: float | None = None,
-        share: Share | None = None,
+        load: OwnLoad | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._heartbeat = heartbeat
         self._max_sessions = max_sessions
         self._alarm = alarm
-        self._share = share
+        self._load = load
         self.newest = update
         self._report = Report(generation=update.generation)
         self.tables: Tables | None = None
@@ -248,9 +248,9 @@ class WorkerLink:
             while True:
                 if self._alarm is not None:
                     signal.setitimer(signal.ITIMER_REAL, self._alarm)
-                if self._share is not None and not self._leaving and self._report.state is not State.RETIRED:
+                if self._load is not None and not self._leaving and self._report.state is not State.RETIRED:
                     # Not afterwards: another may be at this place.
-                    self._share.tell()
+                    self._load.tell()
                 self._tell()
                 await trio.sleep(self._heartbeat)
 
@@ -268,8 +268,8 @@ class WorkerLink:
 
     def count_connections(self, count: Callable[[], int]) -> None:
         """What tells how many connections there are now; for an even share of them."""
-        if self._share is not None:
-            self._share.count = count
+        if self._load is not None:
+            self._load.count = count
 
     def retired(self) -> None:
         """It has closed its listening sockets, and goes on with those who are there."""
