@@ -20,8 +20,9 @@ import trio.testing
 
 from triosspi import ConfigurationError
 from triosspi.service.observe.notify import Notifier
+from triosspi.service.workers.pool import Pauses
 from triosspi.service.workers.processes import Process, Timing, Work
-from triosspi.service.workers.supervisor import Pauses, Supervisor
+from triosspi.service.workers.supervisor import Supervisor
 from triosspi.service.workers.worker_link import Plan, Update, WorkerLink
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
