@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import trio
 
 from triosspi import ConfigurationError
+from triosspi.service.workers.pool import WorkerPool
 from triosspi.service.workers.processes import Timing, Work, spawn
 from triosspi.service.workers.supervisor import Supervisor
 from triosspi.service.workers.worker_link import Plan, WorkerLink, take_descriptors
@@ -155,7 +156,14 @@ def make_supervisor(
     stub: Stub, sock: socket.socket, number: int, *, timing: Timing, grace: float = 30.0, **options: Any
 ) -> Supervisor:
     work = Work(service=stub.encode(), grace=grace)
-    return Supervisor([sock], work, number=number, timing=timing, spawn=partial(spawn, COMMAND), **options)
+    return supervise_pool([sock], work, number=number, timing=timing, spawn=partial(spawn, COMMAND), **options)
+
+
+def supervise_pool(sockets: list[socket.socket], work: Work, **options: Any) -> Supervisor:
+    """A supervisor of workers, with options of both."""
+    mine = {field.name for field in fields(WorkerPool)}
+    pool = WorkerPool(sockets=sockets, work=work, **{name: option for name, option in options.items() if name in mine})
+    return Supervisor(pool, **{name: option for name, option in options.items() if name not in mine})
 
 
 def supervise(number: str, stub: str, timing: str) -> NoReturn:

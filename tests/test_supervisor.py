@@ -18,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 
+from stub_worker import supervise_pool
 from triosspi import ConfigurationError
 from triosspi.service.observe.notify import Notifier
 from triosspi.service.workers.pool import Pauses
@@ -219,7 +220,7 @@ async def scene(
                 processes.start_soon(worker.live, life)
                 return worker
 
-            it.supervisor = Supervisor(
+            it.supervisor = supervise_pool(
                 [sock],
                 Work(service=b"what", grace=grace),
                 number=number,
@@ -718,7 +719,7 @@ async def test_one_worker_is_told_that_it_is_the_last_and_goes_when_the_others_h
 ) -> None:
     async with scene(closing_late(0.1), closing_late(1), closing_late(2), number=3, sole=True) as it:
         await it.started.wait()
-        sock = it.supervisor._sockets[0]
+        sock = it.supervisor._pool.sockets[0]
         open_then: list[int] = []
         last = it.workers[0].link
         told, last.on_parent_gone = last.on_parent_gone, lambda: (open_then.append(sock.fileno()), told())

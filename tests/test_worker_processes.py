@@ -19,7 +19,7 @@ import trio
 
 import stub_worker
 from programs import PATIENCE, Running, running, terminal
-from stub_worker import Stub, listen, make_supervisor
+from stub_worker import Stub, listen, make_supervisor, supervise_pool
 from triosspi import ConfigurationError
 from triosspi.service.workers.processes import Timing, Work, spawn
 from triosspi.service.workers.supervisor import Supervisor
@@ -283,7 +283,7 @@ async def test_the_start_fails_when_a_worker_is_never_ready(stub: Stub) -> None:
 
 
 async def test_a_program_that_cannot_be_started_is_a_plain_error() -> None:
-    supervisor = Supervisor([listen()], Work(service=b""), number=2, spawn=partial(spawn, ["/nowhere/at/all"]))
+    supervisor = supervise_pool([listen()], Work(service=b""), number=2, spawn=partial(spawn, ["/nowhere/at/all"]))
     before = descriptors(os.getpid())
     with pytest.raises(ConfigurationError, match="^cannot start worker 1: No such file or directory$"):
         await supervisor.run()

@@ -35,6 +35,7 @@ from .observe.telemetry import Telemetry
 from .reasons import only_configuration_errors
 from .serving.server import BEAT, Loaded, Server
 from .transcript import Transcript
+from .workers.pool import WorkerPool
 from .workers.processes import Timing, Work
 from .workers.supervisor import Supervisor
 from .workers.worker_link import WorkerLink
@@ -172,18 +173,21 @@ class Program:
                     _show_status(stack, StatusServer(self.start.metrics.metrics, health, metrics.exposition))
                     # Workers count in files, which has to be known to them when they start.
                     os.environ.update(metrics.environment)
-                supervisor = Supervisor(
-                    [listener.socket for listener in listeners],
-                    self.work(configuration),
+                pool = WorkerPool(
+                    sockets=[listener.socket for listener in listeners],
+                    work=self.work(configuration),
                     number=workers.workers,
                     timing=Timing(heartbeat_timeout=workers.heartbeat_timeout),
                     max_sessions=workers.max_sessions,
+                    on_start=None if metrics is None else metrics.restore,
+                    on_end=None if metrics is None else metrics.worker_died,
+                )
+                supervisor = Supervisor(
+                    pool,
                     sole=sole,
                     notifier=Notifier.from_environment(),
                     reload=self.reload_for_workers,
                     on_stop=partial(remove_socket_files, listeners),
-                    on_start=None if metrics is None else metrics.restore,
-                    on_end=None if metrics is None else metrics.worker_died,
                 )
                 await supervisor.run(partial(started, listeners), partial(_show_health, supervisor, health))
         finally:

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol
 
@@ -58,7 +59,7 @@ class Pauses:
     """How long to wait before the next try, after each that failed."""
 
     def __init__(self, timing: Timing) -> None:
-        self._timing = timing
+        self.timing = timing
         self._failures = 0
 
     def after(self, lived: float) -> float:
@@ -67,63 +68,48 @@ class Pauses:
         Args:
           lived: what was tried went well for so many seconds.
         """
-        if lived >= self._timing.stable:
+        if lived >= self.timing.stable:
             self._failures = 0
             return 0.0
         # The power's limit is only for the arithmetic.
-        pause = self._timing.first_pause * 2.0 ** min(self._failures, 30)
+        pause = self.timing.first_pause * 2.0 ** min(self._failures, 30)
         self._failures += 1
-        return min(pause, self._timing.longest_pause)
+        return min(pause, self.timing.longest_pause)
 
 
+@dataclass(kw_only=True, eq=False)
 class WorkerPool:
     """Worker processes that accept from the same sockets, numbered from 1.
 
-    Args:
+    Attributes:
       sockets: the listening sockets.
-      work: what the workers serve.
+      work: what those are to serve that are there, and those that start from now on.
       number: how many workers there are.
       timing: see `Timing`.
-      max_sessions: see `Supervisor`.
-      on_start: see `Supervisor`.
-      on_end: see `Supervisor`.
+      max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first, and its sessions
+          may go on until the replacement is replaced in its turn.
+      on_start: called before a worker is started. This and the next may fail: that is logged, and is all.
+      on_end: called with the process number of each worker that has ended.
+      spawn: starts a worker: see `spawn`, but for the command; for tests.
       changed: called when a worker has become ready, drains, or has ended.
-      spawn: see `Supervisor`.
-
-    Attributes:
-      number: see above.
-      work: what those are to serve that are there, and those that start from now on.
       nursery: in which workers are attended to; to be set before the first one is launched.
     """
 
-    nursery: trio.Nursery
-
-    def __init__(
-        self,
-        sockets: Sequence[ListeningSocket],
-        work: Work,
-        *,
-        number: int,
-        timing: Timing,
-        max_sessions: int | None,
-        on_start: Callable[[], object] | None,
-        on_end: Callable[[int], object] | None,
-        changed: Callable[[], object],
-        spawn: Spawn,
-    ) -> None:
-        self.number = number
-        self.work = work
-        self._sockets = sockets
-        self._timing = timing
-        self._max_sessions = max_sessions
-        self._on_start = on_start
-        self._on_end = on_end
-        self._changed = changed
-        self._spawn = spawn
-        self._loads: Loads | None = None
-        self._tables: Tables | None = None
-        self._workers: set[WorkerProcess] = set()
-        self._renewing = trio.Lock()
+    sockets: Sequence[ListeningSocket]
+    work: Work
+    number: int
+    timing: Timing = field(default_factory=Timing)
+    max_sessions: int | None = None
+    on_start: Callable[[], object] | None = None
+    on_end: Callable[[int], object] | None = None
+    spawn: Spawn = SPAWN
+    changed: Callable[[], object] = bool
+    nursery: trio.Nursery = field(init=False)
+    _loads: Loads | None = None
+    _tables: Tables | None = None
+    _columns: Columns = field(init=False)
+    _workers: set[WorkerProcess] = field(default_factory=set)
+    _renewing: trio.Lock = field(default_factory=trio.Lock)
 
     @property
     def workers(self) -> list[WorkerProcess]:
@@ -162,7 +148,7 @@ class WorkerPool:
 
     async def keep(self, worker: WorkerProcess) -> None:
         """Replace a worker when it leaves, and the next one, for ever."""
-        pauses = Pauses(self._timing)
+        pauses = Pauses(self.timing)
         while True:
             await worker.leaving.wait()
             if worker.outworn:
@@ -207,8 +193,8 @@ class WorkerPool:
         Raises:
           ConfigurationError: the system does not let it start.
         """
-        tell(self._on_start)
-        listeners = tuple(sock.fileno() for sock in self._sockets)
+        tell(self.on_start)
+        listeners = tuple(sock.fileno() for sock in self.sockets)
         work = self.work
         assert self._loads is not None
         assert self._tables is not None
@@ -220,15 +206,15 @@ class WorkerPool:
             loads=loads,
             update=work.update,
             tables=(tables, column),
-            heartbeat=self._timing.heartbeat,
-            max_sessions=self._max_sessions,
-            alarm=_ALARM * self._timing.heartbeat_timeout,
+            heartbeat=self.timing.heartbeat,
+            max_sessions=self.max_sessions,
+            alarm=_ALARM * self.timing.heartbeat_timeout,
         )
         try:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    process = await self._spawn(theirs.fileno(), file.fileno(), (*listeners, loads, tables))
+                    process = await self.spawn(theirs.fileno(), file.fileno(), (*listeners, loads, tables))
             except BaseException:
                 ours.close()
                 raise
@@ -238,7 +224,7 @@ class WorkerPool:
                 raise
             raise ConfigurationError(f"cannot start worker {number}: {reason(exc)}") from None
         worker = WorkerProcess(
-            number, process, ours, self._timing, work, max_sessions=self._max_sessions, changed=self._changed
+            number, process, ours, self.timing, work, max_sessions=self.max_sessions, changed=self.changed
         )
         log.debug("%s has been started", worker)
         self._workers.add(worker)
@@ -258,22 +244,22 @@ class WorkerPool:
             self._columns.give_back(column)
             if self._loads is not None and not any(other.number == worker.number for other in self._workers):
                 self._loads.set(worker.number, None)
-            tell(self._on_end, worker.pid)
-            self._changed()
+            tell(self.on_end, worker.pid)
+            self.changed()
 
     async def reload(self) -> None:
         """Have all of them serve what is `work` now, and wait a moment for it."""
         workers = [worker for worker in self._workers if worker.alive and not worker.draining.is_set()]
         for worker in workers:
             worker.reload(self.work)
-        with trio.move_on_after(self._timing.reload):
+        with trio.move_on_after(self.timing.reload):
             for worker in workers:
                 if worker.ready.is_set():
                     await worker.wait_reloaded()
         # One that had been launched meanwhile has it from its start.
         late = [str(worker) for worker in workers if worker.ready.is_set() and worker.reloading]
         if late:
-            log.warning("not reloaded after %g s: %s", self._timing.reload, ", ".join(late))
+            log.warning("not reloaded after %g s: %s", self.timing.reload, ", ".join(late))
 
     def status(self) -> str:
         """How they are, in one line."""

@@ -22,7 +22,7 @@ import logging
 import math
 import select
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Final
@@ -33,8 +33,8 @@ from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
 from ..reasons import only_configuration_errors
 from ..serving.reloading import Reading, watch_files
-from .pool import SPAWN, ListeningSocket, Spawn, WorkerPool, tell
-from .processes import Timing, Work, WorkerProcess
+from .pool import WorkerPool, tell
+from .processes import Work, WorkerProcess
 
 log = logging.getLogger("triosspi.server")
 
@@ -43,55 +43,29 @@ _ECHO: Final = 0.2
 
 
 class Supervisor:
-    """Worker processes that accept from the same sockets.
+    """Looks after a pool of workers, and after its end.
 
     Args:
-      sockets: the listening sockets. They are this object's from now on, and closed when it stops.
-      work: what the workers serve until there is another.
-      number: how many workers there are.
-      timing: see `Timing`.
-      max_sessions: a worker is replaced after so many sessions; None: never. Its replacement starts first, and its sessions
-          may go on until the replacement is replaced in its turn.
+      pool: the workers. Its sockets are this object's from now on, and closed when it stops.
       sole: nobody else has these sockets: who is queued on them in the end is to be told so by a worker.
       notifier: the service manager.
       reload: called in a thread, for each SIGHUP and when a file has changed; returns what the workers serve from then
           on, those that are there and those that start later. Where it raises, or hangs, that is logged, and all stays
           as it is. None: nothing can be read again.
-      on_start: called before a worker is started. This and the next two may fail: that is logged, and is all.
-      on_stop: called when it begins to stop, before the sockets are closed.
-      on_end: called with the process number of each worker that has ended.
-      spawn: starts a worker: see `spawn`, but for the command; for tests.
+      on_stop: called when it begins to stop, before the sockets are closed. It may fail: that is logged, and is all.
     """
 
     def __init__(
         self,
-        sockets: Sequence[ListeningSocket],
-        work: Work,
+        pool: WorkerPool,
         *,
-        number: int,
-        timing: Timing | None = None,
-        max_sessions: int | None = None,
         sole: bool = False,
         notifier: Notifier | None = None,
         reload: Callable[[], Work] | None = None,
-        on_start: Callable[[], object] | None = None,
         on_stop: Callable[[], object] | None = None,
-        on_end: Callable[[int], object] | None = None,
-        spawn: Spawn = SPAWN,
     ) -> None:
-        self._sockets = list(sockets)
-        self._timing = timing if timing is not None else Timing()
-        self._pool = WorkerPool(
-            self._sockets,
-            work,
-            number=number,
-            timing=self._timing,
-            max_sessions=max_sessions,
-            on_start=on_start,
-            on_end=on_end,
-            changed=self._tell_status,
-            spawn=spawn,
-        )
+        pool.changed = self._tell_status
+        self._pool = pool
         self._sole = sole
         self._notifier = notifier if notifier is not None else Notifier(None)
         self._reading = None if reload is None else Reading(reload)
@@ -210,7 +184,7 @@ class Supervisor:
         self._notifier.stopping()
         tell(self._on_stop)
         if self._sole and self.workers:
-            self._handing_over.deadline = trio.current_time() + self._timing.hand_over
+            self._handing_over.deadline = trio.current_time() + self._pool.timing.hand_over
             with self._handing_over:
                 await self._hand_over()
             if self._handing_over.cancelled_caught:
@@ -230,7 +204,7 @@ class Supervisor:
             others = [worker for worker in self.workers if worker is not last]
             for worker in others:
                 worker.drain()
-            with trio.move_on_after(self._timing.closing):
+            with trio.move_on_after(self._pool.timing.closing):
                 for worker in others:
                     await worker.wait_closed()
             # One that was told to go by somebody else meanwhile has emptied the queue once, and not for the last time.
@@ -257,12 +231,12 @@ class Supervisor:
     def _waited_on(self) -> bool:
         """Whether anybody is queued on one of the sockets."""
         poll = select.poll()
-        for sock in self._sockets:
+        for sock in self._pool.sockets:
             poll.register(sock.fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
     def _close(self) -> None:
-        for sock in self._sockets:
+        for sock in self._pool.sockets:
             sock.close()
 
     async def _reload_when_asked(self, reading: Reading[Work]) -> None:

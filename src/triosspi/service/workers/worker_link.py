@@ -21,7 +21,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterable
-from typing import Annotated, BinaryIO, Final, NoReturn
+from typing import Annotated, BinaryIO, Final, NoReturn, Self
 
 import msgspec
 import trio
@@ -94,7 +94,34 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return msgspec.json.decode(line, type=cls)
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PassedOn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a supervisor passes on to a worker in a file."""
+
+    # Not on the command line and not in the environment, which others on the machine can read, nor on a disk.
+
+    def file(self) -> BinaryIO:
+        """A file with it, at its beginning; in memory, without a name, and gone when it is closed."""
+        file = open(os.memfd_create(f"triosspi-{type(self).__name__.lower()}"), "w+b")  # noqa: SIM115 - the caller's
+        try:
+            file.write(msgspec.json.encode(self))
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @classmethod
+    def take(cls, fd: int) -> Self:
+        """Read it, and close the descriptor.
+
+        Raises:
+          ValueError: there is none in it.
+        """
+        with open(fd, "rb") as file:
+            return msgspec.json.decode(file.read(), type=cls)
+
+
+class Update(PassedOn, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker is to serve.
 
     Attributes:
@@ -106,34 +133,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     generation: int = 0
     service: bytes
 
-    def file(self) -> BinaryIO:
-        """See `Plan.file`."""
-        return _file(self, "triosspi-update")
 
-    @classmethod
-    def take(cls, fd: int) -> Update:
-        """Read it, and close the descriptor.
-
-        Raises:
-          ValueError: there is none in it.
-        """
-        with open(fd, "rb") as file:
-            return msgspec.json.decode(file.read(), type=cls)
-
-
-def _file(content: msgspec.Struct, name: str) -> BinaryIO:
-    # Not on the command line and not in the environment, which others on the machine can read, nor on a disk.
-    file = open(os.memfd_create(name), "w+b")  # noqa: SIM115 - the caller's
-    try:
-        file.write(msgspec.json.encode(content))
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
-    return file
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Plan(PassedOn, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a worker is to do.
 
     Attributes:
@@ -155,20 +156,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     heartbeat: float = HEARTBEAT
     max_sessions: int | None = None
     alarm: float | None = None
-
-    def file(self) -> BinaryIO:
-        """A file with it, at its beginning; in memory, without a name, and gone when it is closed."""
-        return _file(self, "triosspi-plan")
-
-    @classmethod
-    def take(cls, fd: int) -> Plan:
-        """Read it, and close the descriptor.
-
-        Raises:
-          ValueError: there is none in it.
-        """
-        with open(fd, "rb") as file:
-            return msgspec.json.decode(file.read(), type=cls)
 
 
 def _one_line(text: str) -> str:
