@@ -160,3 +160,116 @@ def test_what_the_server_does_in_threads_goes_through_the_one_door_that_looks_wh
         )
     }
     assert users == {"_server_threads.py", "service/client.py"}
+
+
+def module_of(path: Path) -> str:
+    parts = ["triosspi", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def top_level(node: ast.AST) -> Iterator[ast.AST]:
+    """All that is run when a module is imported, and what it says to type checkers; not what stands in functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from top_level(child)
+
+
+def needed_by(module: str) -> set[str]:
+    """The package's own modules that one imports at its top."""
+    path = MODULES[module]
+    package = module.split(".") if path.stem == "__init__" else module.split(".")[:-1]
+    found: set[str] = set()
+    for node in top_level(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import x` needs the module x where there is one, and the package itself where x is a name in it.
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else source for name in names}
+    return found & MODULES.keys()
+
+
+def circles(needs: dict[str, set[str]]) -> list[list[str]]:
+    """What is left when all is taken away that needs nothing, again and again, and then what nothing needs."""
+    left = {module: set(needed) for module, needed in needs.items()}
+    while done := {module for module, needed in left.items() if not needed & left.keys()}:
+        left = {module: needed for module, needed in left.items() if module not in done}
+    while unneeded := left.keys() - set().union(*left.values(), set()):
+        left = {module: needed for module, needed in left.items() if module not in unneeded}
+    return [[module, *sorted(needed & left.keys())] for module, needed in sorted(left.items())]
+
+
+def test_no_module_needs_itself_round_about():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"], ["c", "b"]]
+    needs = {module: needed_by(module) for module in MODULES}
+    assert sum(map(len, needs.values())) > 200
+    assert circles(needs) == []
+
+
+#: Where security may be entered, and by whom: the whole package, or the rooms that are named.
+DOORS: dict[str, set[str] | None] = {
+    "credentials": None,
+    "identity": None,
+    "ntlm.accounts": None,
+    "context": {"session"},
+    "rules": {"impersonation"},
+    "ntlm.primitives": {"service"},
+    "native": {"service"},
+    "sealers": {"service"},
+    "pyspnego_compat": {"service"},
+}
+
+
+def test_security_is_entered_by_its_doors_only():
+    used: dict[str, set[str]] = {}
+    for path in FILES:
+        if room_of(path) != "security":
+            for module in imported_modules(path):
+                if module.startswith("triosspi.security.") and module in MODULES:
+                    used.setdefault(module.removeprefix("triosspi.security."), set()).add(room_of(path))
+    assert used.keys() == DOORS.keys()
+    for door, rooms in DOORS.items():
+        assert rooms is None or used[door] <= rooms, door
+
+
+def test_reading_an_account_file_imports_neither_pyspnego_nor_gssapi_nor_trio(tmp_path):
+    path = tmp_path / "accounts"
+    path.write_text("DOM:alice:secret\n")
+    path.chmod(0o600)
+    code = f"""
+import sys
+from triosspi import AccountFile
+assert AccountFile({str(path)!r}).lookup("DOM", "alice").nt_hash.hex() == "878d8014606cda29677a44efa1353fc7"
+print(sorted({{"spnego", "gssapi", "krb5", "cryptography", "trio"}} & sys.modules.keys()))
+from triosspi import Acceptor
+print("spnego" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert run.stdout == "[]\nTrue\n"
+
+
+def test_each_name_of_the_package_is_the_same_for_type_checkers_and_for_python():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name))
+    declared = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            # A re-export by PEP 484.
+            assert alias.asname == alias.name
+            declared[alias.name] = node.module
+    assert declared == triosspi._HOMES
+    assert sorted(triosspi.__all__) == sorted([*declared, "__version__"])
+    assert set(triosspi.__all__) <= set(dir(triosspi))
+    for name in declared:
+        assert getattr(triosspi, name) is not None
+    with pytest.raises(AttributeError, match="'triosspi' has no attribute 'Accepter'"):
+        triosspi.Accepter  # noqa: B018
+    with pytest.raises(ImportError):
+        from triosspi import Accepter  # noqa: F401

@@ -96,6 +96,10 @@ class NTLMInitiator(_ByPyspnego):
 class KerberosInitiator(ProxyContext, KerberosContext):
     """Kerberos, of which pyspnego makes the handshake; what comes after it is python-gssapi's own."""
 
+    def __init__(self, proxy: ContextProxy) -> None:
+        ProxyContext.__init__(self, proxy)
+        KerberosContext.__init__(self)
+
     @property
     def library_context(self) -> Any:
         """See `KerberosContext.library_context`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, Final
 
 from spnego import UnwrapResult, WrapResult
@@ -115,14 +115,13 @@ class KerberosContext(WithoutSPNEGO):
 
     name: Final = "kerberos"
 
+    def __init__(self) -> None:
+        self._raw = require_gssapi().raw
+
     @property
     def library_context(self) -> Any:
         """The library's own context, once there is one."""
         raise NotImplementedError
-
-    @cached_property
-    def _raw(self) -> Any:
-        return require_gssapi().raw
 
     @property
     def session_key(self) -> bytes:
@@ -192,6 +191,7 @@ class KerberosAcceptor(KerberosContext):
     """
 
     def __init__(self, credential: object, channel_bindings: bytes | None) -> None:
+        super().__init__()
         self._credential = credential
         self._channel_bindings = channel_bindings
         self._context: Any = None
@@ -216,7 +216,8 @@ class KerberosAcceptor(KerberosContext):
     def enctype(self) -> int:
         """See `Mechanism.enctype`."""
         # Known since the step; asking again costs.
-        return super().enctype if self.ticket is None else self.ticket.enctype
+        assert self.ticket is not None
+        return self.ticket.enctype
 
     def step(self, in_token: bytes | None) -> bytes | None:
         """See `Handshake.step`.
@@ -240,7 +241,7 @@ class KerberosAcceptor(KerberosContext):
             client=_display(raw, accepted.initiator_name),
             flags=int(accepted.flags),
             lifetime=accepted.lifetime,
-            enctype=self.enctype,
+            enctype=super().enctype,
             delegated=accepted.delegated_creds is not None,
             pac=_read_pac(raw, accepted.initiator_name),
         )
