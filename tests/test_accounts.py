@@ -19,7 +19,7 @@ import trio.testing
 
 from triosspi import Acceptor, Account, AccountFile, ConfigurationError, Initiator, SSPIChannel, _texts
 from triosspi.security.ntlm import accounts
-from triosspi.security.ntlm.accounts import AccountTable, parse_line, simple_upper, split_principal
+from triosspi.security.ntlm.accounts import AccountTable, parse_line, split_principal
 from triosspi.security.ntlm.primitives import nt_hash
 
 HASH = "8846F7EAEE8FB117AD06BDD830B7586C"  # of "password"
@@ -133,15 +133,6 @@ def test_an_account_is_found_by_its_folded_name_and_its_own_domain_first(
         domain, user
     )
     assert (account and account.principal) == found
-
-
-def test_upper_casing_keeps_what_has_no_upper_case_of_one_letter() -> None:
-    assert simple_upper("straße \u0149 ü") == "STRAßE \u0149 Ü"
-
-
-def test_upper_casing_makes_no_ascii_letter_of_another_one() -> None:
-    # A dotless i and a long s: "adm\u0131n" is not "admin".
-    assert simple_upper("adm\u0131n \u017f") == "ADM\u0131N \u017f"
 
 
 def test_the_first_of_two_accounts_of_one_name_stays(
