@@ -192,6 +192,7 @@ async def test_a_cancelled_accept_loses_nobody(loads: Loads, autojump_clock: tri
     await workers.connect()
     with trio.move_on_after(MOMENT / 2):
         await workers.listeners[0].accept()
+    # Would wait for ever if who had connected had gone with the accept that was cancelled.
     workers.begin(1)
     workers.streams.append(await workers.listeners[0].accept())
     await workers.close()

@@ -356,6 +356,7 @@ async def test_a_restart_need_not_wait_for_the_last_connections_to_be_forgotten(
 
 @pytest.mark.parametrize("backlog", [None, 1, 70_000])
 async def test_any_backlog_is_taken(backlog: int | None) -> None:
+    # Listening would raise on what the system does not take; with a queue of none nobody could connect.
     async with listening_on(Where(backlog=backlog)) as listeners:
         client, server = await connected(listeners[0])
         async with client, server:
@@ -410,6 +411,7 @@ async def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(os.fspath(path))
         dead.listen()
+    # Listening would raise, the address being in use; or the connection, nobody being there.
     async with listening_on(Where(hosts=(), unix=(path,))) as listeners:
         client, server = await connected(listeners[0])
         async with client, server:
@@ -526,6 +528,8 @@ async def test_a_file_that_is_gone_already_is_no_trouble(tmp_path: Path) -> None
     listeners = await open_listeners(Where(hosts=(), unix=(path,)), {})
     path.unlink()
     remove_socket_files(listeners)
+    assert not path.exists()
+    # The second time nothing is there to close, either.
     await close_listeners(listeners)
     await close_listeners(listeners)
 
@@ -752,6 +756,7 @@ async def test_tuning_a_unix_socket_or_one_that_is_closed_is_no_error(tmp_path: 
         for listener in listeners:
             client, server = await connected(listener)
             async with client, server:
+                # Either would raise an OSError: TCP's options on a unix socket, any option on a closed one.
                 tune(server, 60)
                 server.socket.close()
                 tune(server, 60)

@@ -468,6 +468,7 @@ def test_a_reader_who_is_gone_is_no_exception(monkeypatch: pytest.MonkeyPatch) -
     logs.configure("info", "json")
     with pipe_as_stderr(monkeypatch) as reader:
         os.close(reader)
+        # A BrokenPipeError would come out of these.
         log.info("one")
         log.error("two")
 

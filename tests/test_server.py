@@ -261,6 +261,7 @@ async def test_a_second_signal_ends_all_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
         await running.told.until(lambda: running.told.all("ready")[-1] == (False, {}))
         signal.raise_signal(signal.SIGINT)
+        # Otherwise the grace is waited out, an hour, which the test has not.
         await running.ended.wait()
         await client.aclose()
 

@@ -233,6 +233,7 @@ async def test_a_channel_that_fails_to_close_does_not_end_the_watch(autojump_clo
 
         bad.aclose = fail
         _, good = watched.add()
+        # Were the watch over, nobody would close this one.
         await good.closed.wait()
         nursery.cancel_scope.cancel()
 

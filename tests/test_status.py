@@ -459,6 +459,7 @@ def test_it_can_be_closed_without_having_been_started(health: Health) -> None:
     server = StatusServer(LOCAL, health)
     server.close()
     with socket.socket() as probe:
+        # Fails while anything else has the address.
         probe.bind(server.address)
 
 

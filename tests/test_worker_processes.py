@@ -183,6 +183,7 @@ async def test_a_terminals_signals_do_not_reach_workers(stub: Stub) -> None:
 async def test_every_worker_serves(stub: Stub) -> None:
     async with serving(stub, 2) as service:
         answered: set[int] = set()
+        # Goes on for ever where one of them never gets a connection.
         while answered != service.pids():
             answered.add(await service.ask())
 
