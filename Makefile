@@ -3,11 +3,15 @@
 PYTHON ?= python3
 ARGS ?=
 PYTHONS ?= python3.11 python3.12 python3.13
+# Empty, the tests take two thirds of the time.
+COVERAGE ?= --cov --cov-report=term
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 EXTRAS := server,test,lint
+# In contiguous halves, so that what a module's tests share is mostly made once; who is done takes from the other.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 VERSION_OF = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 
@@ -26,11 +30,12 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint bench bench-here setup clean
+.PHONY: help serve test test-long test-all lint bench bench-here setup clean
 
 help:
 	@echo 'make serve   set up what is missing, then serve on port 2000 (options: make serve ARGS="--port 0 -v")'
-	@echo 'make test    set up what is missing, then run every test     (options: make test ARGS="-k framing")'
+	@echo 'make test    set up what is missing, then run the tests      (options: make test ARGS="-k framing")'
+	@echo 'make test-long  the tests that take long, which `make test` leaves out'
 	@echo 'make test-all  the same with every Python of PYTHONS="$(PYTHONS)" that is here'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   measure, beside others (options: make bench ARGS="--quick"; see bench/README.md)'
@@ -43,7 +48,10 @@ serve: $(STAMPS)/os-serve $(STAMPS)/built
 	@exec $(BIN)/triosspi serve $(ARGS)
 
 test: $(STAMPS)/os-test $(STAMPS)/built $(STAMPS)/peers
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not long' $(COVERAGE) $(ARGS)
+
+test-long: $(STAMPS)/os-test $(STAMPS)/built $(STAMPS)/peers
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long $(ARGS)
 
 # Each interpreter gets an environment of its own. With pyenv, PYENV_VERSION=3.11.7:3.12.1 brings them on the PATH.
 test-all:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
     names = names_in(sdist)
     assert names >= {
         "LICENSE",
+        ".pre-commit-config.yaml",
+        "CONTRIBUTING.md",
         "Makefile",
         "bench/bench_framing.py",
         "deploy/Dockerfile",
@@ -123,5 +126,5 @@ print(*sorted(f.name for f in importlib.resources.files(triosspi).iterdir() if f
     where, split, version, typing_files = run(python, "-c", program, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(purelib)
     assert split == "(b'trailer', b'data')"
-    assert version == "0.1.0"
+    assert version == tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert typing_files == "_framing.pyi py.typed"
