@@ -32,7 +32,14 @@ from peers.kerberos import (
     write_keytab,
 )
 from peers.kerberos.fixtures import MitKdc, SambaKdc, each_with_its_kdcs
-from peers.kerberos.kinds import HEIMDAL_RAW, HEIMDAL_SPNEGO, MIT_RAW, MIT_SPNEGO, PYTHON_GSSAPI_RAW
+from peers.kerberos.kinds import (
+    DOTNET_KERBEROS_RAW,
+    HEIMDAL_RAW,
+    HEIMDAL_SPNEGO,
+    MIT_RAW,
+    MIT_SPNEGO,
+    PYTHON_GSSAPI_RAW,
+)
 from peers.kerberos.samba import available as samba_available
 from peers.requirements import require
 
@@ -313,3 +320,36 @@ def test_a_closed_peer_is_an_error_and_not_a_hang(mit_kdc: MitKdc) -> None:
     with pytest.raises(PeerError):
         initiator.step(None)
     assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize("peer", [PYTHON_GSSAPI_RAW, DOTNET_KERBEROS_RAW], ids=str)
+def test_a_process_that_is_used_again_has_nothing_of_the_login_before(
+    peer: KerberosPeerKind, mit_kdc: MitKdc, samba_kdc: SambaKdc
+) -> None:
+    """A ticket that stayed behind would let a login succeed that must not."""
+    require(peer)
+    used = []
+    for kdc in (mit_kdc, samba_kdc, mit_kdc):
+        login = kdc.login()
+        with closing(peer.new(login)) as initiator, closing(acceptor_for(MIT_RAW).new(kdc)) as acceptor:
+            used.append(initiator._process._process)
+            shake(initiator, acceptor)
+            assert acceptor.client == login.user_principal
+        nothing = dataclasses.replace(login, ccache=os.fspath(Path(login.directory) / "no such cache"))
+        with pytest.raises(StepError), closing(peer.new(nothing)) as initiator:
+            used.append(initiator._process._process)
+            initiator.step(None)
+    assert None not in used
+    assert len(set(used)) == 1
+
+
+def test_a_process_that_owes_an_answer_is_not_used_again(mit_kdc: MitKdc) -> None:
+    """The next login would take it for its own."""
+    require(PYTHON_GSSAPI_RAW)
+    initiator = PYTHON_GSSAPI_RAW.new(mit_kdc.login())
+    process = initiator._process._process
+    process._owed += 1
+    initiator.close()
+    assert process._process.returncode is not None
+    with closing(PYTHON_GSSAPI_RAW.new(mit_kdc.login())) as another:
+        assert another._process._process is not process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from typing import Literal, TypeVar
 from ..base import missing_module
 from ..dotnet import available as dotnet_available
 from . import building
-from .process import LineAcceptor, LineContext, LineProcess, StepError
+from .process import LineAcceptor, LineContext, LineProcess, StepError, Worker
 from .realm import ENCTYPES, Kdc, Layout, Login, Service
 
 RealmName = Literal["mit", "samba"]
+
+# Ticket caches in the memory of a process that has more than one login; no two are the same.
+_numbers = itertools.count(1)
 
 _HERE = Path(__file__).parent
 _WORKER = [sys.executable, "-P", os.fspath(_HERE / "worker.py")]
@@ -100,9 +104,9 @@ class KerberosPeerKind:
             password = login.password
         environment = _environment(login.config, login.directory)
         # Without the second it would be the machine's default cache, which may be somebody's.
-        environment["KRB5CCNAME"] = login.ccache or "MEMORY:peer"
+        environment["KRB5CCNAME"] = login.ccache or f"MEMORY:peer{next(_numbers)}"
         environment["SSPI_KDC_URL"] = login.kdc_url
-        return LineContext(LineProcess([*self.command(), *arguments], environment, password=password))
+        return LineContext(_start(self.command(), arguments, environment, password))
 
     @contextmanager
     def logged_in(self, login: Login, shake: Callable[[LineContext], _T]) -> Iterator[tuple[LineContext, _T]]:
@@ -165,10 +169,20 @@ class KerberosAcceptorKind:
             arguments += ["--bindings", bindings.hex() or "-"]
         environment = _environment(kdc.config, os.fspath(kdc.directory))
         environment["KRB5_KTNAME"] = service.keytab
-        return LineAcceptor(LineProcess([*self.command(), *arguments], environment))
+        return LineAcceptor(_start(self.command(), arguments, environment))
 
     def __str__(self) -> str:
         return self.name
+
+
+def _start(
+    command: list[str], arguments: list[str], environment: dict[str, str], password: str | None = None
+) -> LineProcess | Worker:
+    if command[: len(_WORKER)] == _WORKER:
+        # The side is an argument like the others: whoever has initiated may accept the next time.
+        package = len(_WORKER) + 1
+        return Worker(command[:package], [*command[package:], *arguments], environment, password=password)
+    return LineProcess([*command, *arguments], environment, password=password)
 
 
 def _environment(config: str, directory: str) -> dict[str, str]:

@@ -4,15 +4,22 @@ Every Kerberos peer is one: two C programs, each linked with MIT's library and w
 symbols and cannot share a process), and `worker.py` for the peers that are Python packages. So each login has an
 environment of its own, in which nothing but its own realm exists: krb5.conf, ticket cache, keytab and replay cache are
 all found through variables that would else be the whole test process's.
+
+A C program has one login and starts in a millisecond or two. A worker starts in a quarter of a second, with .NET in a whole
+one: so it is kept when its login is over, and takes the next one with the environment of that.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..base import PeerError
 
@@ -62,6 +69,7 @@ class LineProcess:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, password: str | None = None) -> None:
         # What a program says before it dies; read only then.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._owed = 0  # answers that were asked for and have not come
         try:
             self._process = subprocess.Popen(
                 command,
@@ -76,12 +84,16 @@ class LineProcess:
             self._stderr.close()
             raise
         try:
-            if password is not None:
-                self._write(to_hex(password.encode()))
-            self._answer("ok")
+            self._begin(password)
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, password: str | None) -> None:
+        if password is not None:
+            self._write(to_hex(password.encode()))
+        self._owed += 1
+        self._answer("ok")
 
     def ask(self, *words: str, expect: Sequence[str] = ("ok",)) -> list[str]:
         """Send one command; return the words of its answer, the first of them being one of `expect`.
@@ -90,6 +102,7 @@ class LineProcess:
             StepError: the implementation refuses.
             PeerError: the process has ended.
         """
+        self._owed += 1
         self._write(" ".join(words))
         return self._answer(*expect)
 
@@ -98,6 +111,7 @@ class LineProcess:
 
         Both have to fit a pipe's buffer, or the two sides would wait for each other to read.
         """
+        self._owed += len(commands)
         self._write("\n".join(map(" ".join, commands)))
         return [self._answer("ok") for _ in commands]
 
@@ -117,6 +131,7 @@ class LineProcess:
             raise PeerError("the peer is closed") from exc
         if not line:
             raise PeerError(f"the peer has ended: {self._last_words()}")
+        self._owed -= 1
         if line.startswith("error "):
             _, token, text = line.split(" ", 2)
             raise StepError(text, from_hex(token))
@@ -124,6 +139,11 @@ class LineProcess:
         if words[0] not in expect:
             raise PeerError(f"not an answer: {line[:200]}")
         return words
+
+    @property
+    def in_step(self) -> bool:
+        """Whether it runs, and has answered all that it was asked."""
+        return self._owed == 0 and self._process.poll() is None
 
     def _last_words(self) -> str:
         if self._stderr.closed:
@@ -145,10 +165,73 @@ class LineProcess:
         self._stderr.close()
 
 
-class LineContext:
-    """A security context in a `LineProcess`: what both sides of a login share."""
+class Worker:
+    """A login in a `worker.py` that others had before and will have after; as a `LineProcess` to whoever has it.
 
-    def __init__(self, process: LineProcess) -> None:
+    Args:
+        command: The program and the name of the package.
+        arguments: As the C programs take them.
+        environment: All that the login finds, see there.
+        password: The same.
+    """
+
+    # By command. Taking from a list and putting back are each one step, so threads may do so at once.
+    _idle: ClassVar[defaultdict[tuple[str, ...], list[LineProcess]]] = defaultdict(list)
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        password: str | None = None,
+    ) -> None:
+        idle = self._idle[tuple(command)]
+        try:
+            self._process: LineProcess | None = idle.pop()
+        except IndexError:
+            self._process = LineProcess(command, environment)
+            atexit.register(self._process.close)
+        self._put_back = idle.append
+        login = {"arguments": list(arguments), "environment": dict(environment), "password": password}
+        try:
+            self.ask("begin", to_hex(json.dumps(login).encode()))
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, *words: str, expect: Sequence[str] = ("ok",)) -> list[str]:
+        """See `LineProcess.ask`."""
+        return self._mine().ask(*words, expect=expect)
+
+    def ask_many(self, commands: Sequence[Sequence[str]]) -> list[list[str]]:
+        """See `LineProcess.ask_many`."""
+        return self._mine().ask_many(commands)
+
+    def _mine(self) -> LineProcess:
+        if self._process is None:
+            raise PeerError("the peer is closed")
+        return self._process
+
+    def close(self) -> None:
+        """End the login. May be called twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.in_step:
+            with contextlib.suppress(PeerError):
+                process.ask("end")
+                self._put_back(process)
+                return
+        # It has died, or an answer is still to come, which the next login would take for its own.
+        atexit.unregister(process.close)
+        process.close()
+
+
+class LineContext:
+    """A security context in a process: what both sides of a login share."""
+
+    def __init__(self, process: LineProcess | Worker) -> None:
         self._process = process
         self._complete = False
 

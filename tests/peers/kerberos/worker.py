@@ -1,13 +1,18 @@
-"""The Kerberos peers that are Python packages, each in a process of its own: a program with the interface of the C ones.
+"""The Kerberos peers that are Python packages, each in a process of its own, which has one login after the other.
 
-    worker.py gssapi|pyspnego|sspi-rs|dotnet initiate|accept [options as initiator.c and acceptor.c have them]
+    worker.py gssapi|pyspnego|sspi-rs|dotnet
 
-See `lines.h` for what is said over stdin and stdout. Not imported by anything: started by `kinds.py`.
+"begin" and a login in JSON, in hex: its environment, its password, and "initiate" or "accept" with options as initiator.c
+and acceptor.c have them; then what `lines.h` describes; then "end". Each is answered. Not imported by anything: started by
+`process.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -299,6 +304,9 @@ class Dotnet:
             credential = [username, password, domain]
         self._logins.new(1, package, credential, options.target.partition("@")[0], options.flags)
 
+    def close(self) -> None:
+        self._logins.close(1)
+
     def step(self, token: bytes) -> tuple[bytes, bool]:
         answer = self._logins.step(1, token.hex() or None)
         return bytes.fromhex(answer["token"] or ""), answer["complete"]
@@ -375,15 +383,16 @@ def _do(peer: Peer, verb: str, words: list[str]) -> str:
     raise ValueError(f"unknown command: {verb}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    packages: dict[str, Callable[[argparse.Namespace, str | None], Peer]] = {
-        "gssapi": PythonGSSAPI,
-        "pyspnego": Pyspnego,
-        "sspi-rs": SspiRs,
-        "dotnet": Dotnet,
-    }
-    parser.add_argument("package", choices=packages)
+PACKAGES: dict[str, Callable[[argparse.Namespace, str | None], Peer]] = {
+    "gssapi": PythonGSSAPI,
+    "pyspnego": Pyspnego,
+    "sspi-rs": SspiRs,
+    "dotnet": Dotnet,
+}
+
+
+def _begin(package: str, login: dict[str, Any]) -> Peer:
+    parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("side", choices=["initiate", "accept"])
     parser.add_argument("--mech", choices=["kerberos", "spnego"], default="kerberos")
     parser.add_argument("--layout", choices=["wrap", "iov"], default="wrap")
@@ -391,20 +400,32 @@ def main() -> None:
     parser.add_argument("--bindings", type=_from_hex)
     for option in ("--target", "--name", "--user"):
         parser.add_argument(option)
-    options = parser.parse_args()
-    password = _from_hex(sys.stdin.readline().strip()).decode() if options.user else None
+    # The libraries look whenever they make a context, and by C's getenv, which sees what is set here.
+    os.environ.clear()
+    os.environ.update(login["environment"])
+    return PACKAGES[package](parser.parse_args(login["arguments"]), login["password"])
 
+
+def main() -> None:
+    package = sys.argv[1]
     made: list[Peer] = []
 
-    def start() -> str:
-        made.append(packages[options.package](options, password))
-        return "ok"
+    def obey(verb: str, words: list[str]) -> str:
+        if verb == "begin":
+            made.append(_begin(package, json.loads(_from_hex(words[0]))))
+            return "ok"
+        if verb == "end":
+            for peer in made:
+                if isinstance(peer, Dotnet):
+                    peer.close()
+            made.clear()
+            return "ok"
+        return _do(made[0], verb, words)
 
-    _try(start)
-    if made:
-        for line in sys.stdin:
-            verb, *words = line.split()
-            _try(lambda verb=verb, words=words: _do(made[0], verb, words))  # type: ignore[misc]
+    _say("ok")
+    for line in sys.stdin:
+        verb, *words = line.split()
+        _try(functools.partial(obey, verb, words))
 
 
 if __name__ == "__main__":
