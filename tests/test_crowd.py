@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MEBIBYTE = 2**20
 
 
+@pytest.mark.long("nine hundred logins, so that memory that grows is seen")
 async def test_every_honest_login_succeeds_among_hostile_ones_and_memory_stays_flat(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serve(tmp_path, log) as server:

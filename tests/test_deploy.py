@@ -119,6 +119,7 @@ def test_credentials_are_what_the_options_name() -> None:
     }
 
 
+@pytest.mark.long("systemd waits for its watchdog to be missed")
 @pytest.mark.skipif(under_systemd.missing() is not None, reason=str(under_systemd.missing()))
 def test_under_systemd_a_restart_fails_no_request_and_a_hanging_server_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "units"

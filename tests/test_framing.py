@@ -701,6 +701,7 @@ def test_the_stub_and_the_oracle_have_the_modules_names() -> None:
         ]
 
 
+@pytest.mark.long("compiles the extension, optimised")
 def test_the_extension_compiles_without_a_warning(tmp_path: Path) -> None:
     """Signed against unsigned, and narrowing, are how a length becomes an overflow: the compiler must see none."""
     compile_without_a_warning("_framing", tmp_path)

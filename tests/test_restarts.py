@@ -28,6 +28,9 @@ from triosspi.service import account_editor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="systemd's protocol, and HAProxy")
 
+# One of each matrix is left to show at once that nothing is broken altogether.
+LONG = pytest.mark.long("dozens of servers are started, and stopped under load, in real time")
+
 ROOT = Path(__file__).resolve().parent.parent
 RESTARTS = 20
 # systemd's protocol: the sockets are the descriptors from 3 on, and LISTEN_PID is the process that they are for.
@@ -83,6 +86,7 @@ async def drain(program: Running) -> None:
 
 # Twenty-one processes are started beside their clients, and beside other tests: nobody knows how long that takes, only
 # that it is not for ever.
+@LONG
 @pytest.mark.timeout(20 * PATIENCE)
 async def test_twenty_restarts_under_load_leave_no_request_without_a_word(folder: Path) -> None:
     require(SSPI_RS_NTLM)
@@ -147,15 +151,20 @@ async def to_all_after_one_was_killed(processes: list[int]) -> None:
 
 
 STOPS = (
-    to_the_first,
     to_all,
-    to_all_the_first_last,
-    to_one_worker_before,
-    to_reload_before,
-    to_all_after_one_was_killed,
+    pytest.param(to_the_first, marks=LONG),
+    pytest.param(to_all_the_first_last, marks=LONG),
+    pytest.param(to_one_worker_before, marks=LONG),
+    pytest.param(to_reload_before, marks=LONG),
+    pytest.param(to_all_after_one_was_killed, marks=LONG),
+)
+WORKERS = (
+    "2",
+    pytest.param("1", marks=LONG),
+    pytest.param("4", marks=LONG),
 )
 each_way_to_stop = pytest.mark.parametrize("stop", STOPS, ids=lambda stop: stop.__name__)
-with_workers = pytest.mark.parametrize("workers", ["1", "2", "4"])
+with_workers = pytest.mark.parametrize("workers", WORKERS)
 
 
 @with_workers
@@ -196,8 +205,8 @@ async def test_who_waits_in_the_queue_of_a_server_that_stops_is_not_left_without
     assert program.err == ""
 
 
-@pytest.mark.parametrize("workers", ["1", "4"])
-@pytest.mark.parametrize("stop", [to_the_first, to_all, to_one_worker_before], ids=lambda stop: stop.__name__)
+@with_workers
+@pytest.mark.parametrize("stop", [STOPS[0], STOPS[1], STOPS[3]], ids=lambda stop: stop.__name__)
 async def test_a_server_that_stops_under_load_refuses_who_comes_late_and_resets_nobody(
     folder: Path, workers: str, stop: Callable[[list[int]], Awaitable[None]]
 ) -> None:
@@ -314,6 +323,7 @@ class Fleet:
         return shown.decode()
 
 
+@pytest.mark.long("HAProxy looks every few seconds whether a server is there")
 @pytest.mark.skipif(HAPROXY is None, reason="no haproxy")
 async def test_behind_haproxy_a_drained_server_fails_no_request_and_a_killed_one_only_those_it_had(
     folder: Path,
@@ -351,6 +361,7 @@ async def test_behind_haproxy_a_drained_server_fails_no_request_and_a_killed_one
 # ---- for a while ----
 
 
+@pytest.mark.long("a soak is a while")
 def test_a_short_soak_finds_nothing_wrong() -> None:
     # Twelve seconds; for memory that is too short to judge. At full length: bench/soak.py --minutes 10.
     command = [sys.executable, str(ROOT / "bench" / "soak.py"), "--minutes", "0.2", "--clients", "40"]

@@ -103,6 +103,7 @@ def test_the_sdist_ships_sources_and_nothing_generated(sdist: Path) -> None:
     assert [name for name in names if name.endswith(".c") and name.startswith("src/")] == []
 
 
+@pytest.mark.long("compiles all extensions")
 def test_the_sdist_builds_and_installs_by_itself_in_a_clean_environment(sdist: Path, tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     # Empty: the setuptools that Python 3.11 puts into a venv is too old, and would hide the one lent below.

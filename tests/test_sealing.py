@@ -1222,5 +1222,6 @@ print(libcrypto.EVP_CIPHER_fetch(None, b"AES-128-CBC", None) is not None, libcry
 # ---- the C compiler's opinion ----
 
 
+@pytest.mark.long("compiles the extension, optimised")
 def test_the_extension_compiles_without_a_warning(tmp_path: Path) -> None:
     compile_without_a_warning("_sealing", tmp_path)

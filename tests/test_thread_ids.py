@@ -177,6 +177,7 @@ def test_nobody_who_has_stopped_reading_keeps_the_process_alive():
     assert done.returncode == -signal.SIGABRT
 
 
+@pytest.mark.long("compiles the extension, optimised")
 def test_the_extension_compiles_without_a_warning(tmp_path: Path) -> None:
     """An id that is cut to fewer bits is somebody else's: the compiler must see none."""
     compile_without_a_warning("_thread_ids", tmp_path)
