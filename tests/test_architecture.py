@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import triosspi.service
+import triosspi
 
 DOCUMENT = Path(__file__).parent.parent / "docs/architecture.md"
-SERVICE = Path(triosspi.service.__file__).parent
+PACKAGE = Path(triosspi.__file__).parent
+SERVICE = PACKAGE / "service"
 
 
-def named() -> set[str]:
-    """The files of the service in the tables of its section, each with its room."""
-    section = DOCUMENT.read_text(encoding="utf-8").partition("## The service's rooms")[2].partition("\n## ")[0]
+def named(heading: str) -> set[str]:
+    """The files in the tables of a section, each with its room."""
+    section = DOCUMENT.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
     found = set()
     room = ""
     for line in section.splitlines():
-        if match := re.match(r"\*\*`([a-z_]+/)`\*\*", line):
+        if match := re.match(r"\*\*`([a-z_/]+/)`\*\*", line):
             room = match[1]
         elif line.startswith("| `"):
-            found |= {room + name for name in re.findall(r"`([a-z_]+\.(?:py|toml))`", line.split(" | ")[0])}
+            names = re.findall(r"`([a-z_/]+\.(?:py|pyx|toml))`", line.split(" | ")[0])
+            found |= {name if name.startswith("src/") else room + name for name in names}
     return found
 
 
@@ -28,7 +30,13 @@ def test_every_file_of_the_service_is_named_and_no_other() -> None:
     there = {path.relative_to(SERVICE) for pattern in ("*.py", "*.toml") for path in SERVICE.rglob(pattern)}
     # A room's first file is its heading; the command line has more in it.
     expected = {path.as_posix() for path in there if path.name != "__init__.py" or path.parent.name == "cli"}
-    assert named() == expected
+    assert named("The service's rooms") == expected
+
+
+def test_every_file_of_the_library_is_named_and_no_other() -> None:
+    there = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    expected = {path.as_posix() for path in there if path.parts[0] != "service" and not path.stem.startswith("__")}
+    assert {name for name in named("The library's rooms") if not name.startswith("src/")} == expected
 
 
 def test_what_the_document_says_of_options_and_metrics_is_where_it_says() -> None:

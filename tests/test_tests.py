@@ -31,6 +31,7 @@ ELSEWHERE: dict[str, tuple[list[str], str]] = {
 
 # Files that are about no module, and what they are about.
 SCENARIOS = {
+    "architecture": "docs/architecture.md",
     "account_map": "who a peer becomes: impersonation/accounts.py, beside which security/ntlm/accounts.py has its own",
     "arrows": "who may import whom",
     "contributing": "what contributors are told",
