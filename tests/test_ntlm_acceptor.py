@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import pytest
 from spnego._ntlm import NTLMProxy
 
-from forge import ALWAYS_SIGN, GOOD_FLAGS, SEAL, Client
+from forge import ALWAYS_SIGN, GOOD_FLAGS, SEAL, Client, hmac_md5, rc4
 from triosspi import Account, AuthenticationError
 from triosspi.security.identity import ContextFlag
 from triosspi.security.ntlm.acceptor import NTLMAcceptor
@@ -61,15 +64,21 @@ def test_the_clients_signature_is_verified_and_a_wrong_one_is_not() -> None:
         log_in(client).verify(DATA + b"!", client.mech_list_mic(DATA))
 
 
-def test_each_direction_begins_its_rc4_anew_where_it_is_told_to() -> None:
-    one, other = log_in(Client()), log_in(Client())
-    first = one.sign(DATA)
-    assert other.sign(DATA) == first
-    one.restart_rc4(outgoing=True)
-    # The checksum's key stream is the first one's again; the number counts on.
-    again = one.sign(DATA)
-    assert again[12:] == b"\1\0\0\0"
-    assert again != other.sign(DATA)
+def our_signature(number: int) -> bytes:
+    """The signature with this number where RC4 has just begun, [MS-NLMP] 3.4.4.2."""
+    keys = (f"session key to server-to-client {use} key magic constant\0".encode() for use in ("signing", "sealing"))
+    signing, sealing = (hashlib.md5(Client().session_key + key).digest() for key in keys)
+    checksum = hmac_md5(signing, struct.pack("<I", number) + DATA)[:8]
+    return struct.pack("<I", 1) + rc4(sealing, checksum) + struct.pack("<I", number)
+
+
+def test_rc4_begins_anew_in_the_direction_that_is_told() -> None:
+    acceptor = log_in(Client())
+    assert acceptor.sign(DATA) == our_signature(0)
+    acceptor.restart_rc4(outgoing=False)
+    assert acceptor.sign(DATA) != our_signature(1)
+    acceptor.restart_rc4(outgoing=True)
+    assert acceptor.sign(DATA) == our_signature(2)
 
 
 @pytest.mark.parametrize("client", [Client(password="another"), Client(user="bob"), Client(user="")], ids=str)

@@ -1,10 +1,10 @@
-"""Who of the authenticated may come in, by `rules`.
+"""Which authenticated clients may come in, by `rules`.
 
-``deny`` wins over ``allow``; without ``allow`` everybody is admitted who is not denied. What has the form of a Kerberos principal
-lets in by Kerberos alone, and keeps out by any mechanism.
+``deny`` wins over ``allow``; without ``allow`` every client is admitted that is not denied. A rule in the form of a
+Kerberos principal lets in by Kerberos alone, and keeps out by any mechanism.
 
 A client may decline the PAC when it asks for its ticket, and an NTLM login has none. So where a SID is
-denied, whoever shows no PAC is refused: otherwise just those who are denied would show none.
+denied, a client without a PAC is refused: otherwise those who are denied would just not show theirs.
 """
 
 from __future__ import annotations

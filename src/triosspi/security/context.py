@@ -164,7 +164,7 @@ class SecurityContext:
 
     @property
     def peer(self) -> PeerIdentity:
-        """Who is there. Only once `established`."""
+        """The peer. Only once `established`."""
         assert self._peer is not None
         return self._peer
 

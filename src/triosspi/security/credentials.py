@@ -70,8 +70,8 @@ def _keep_bindings(credential: Acceptor | Initiator) -> None:
         _keep(credential, "channel_bindings", bytes(given))
 
 
-# What the system's own SSPI cannot be told, and what each of these is where nothing was asked for. An option that is taken and
-# not kept is worse than none: somebody relies on it.
+# What the system's own SSPI cannot be told, and what each of these is where nothing was asked for. An option that is
+# taken and does nothing is worse than none: the operator relies on it.
 _ACCEPTOR_OFF_WINDOWS: Final[dict[str, object]] = {
     "accounts": None,
     "keytab": None,
@@ -100,9 +100,9 @@ class Acceptor:
     which look for themselves), and two with the same arguments are equal.
 
     On Linux at least one of ``accounts`` and ``keytab`` is needed; each enables its mechanism. On
-    Windows the system does all of it (SSPI, as the service's own account): what it cannot be told is an error there, which
-    is accounts, keytab, spns, allow_rc4, require_groups, SIDs, target_names, and require_mic other than True (whether a MIC is
-    demanded is the system's policy).
+    Windows the system does all of it (SSPI, as the service's own account): what it cannot be told is an error
+    there, which is accounts, keytab, spns, allow_rc4, require_groups, SIDs, target_names, and require_mic other
+    than True (whether a MIC is demanded is the system's policy).
 
     Args:
       accounts: who may log in by NTLM, usually an `AccountFile`.

@@ -1,7 +1,7 @@
-"""What the rest of security knows of a handshake and of the mechanism in it, whoever makes them.
+"""What the rest of security knows of a handshake and of the mechanism in it, whichever module makes them.
 
-Who does: for an acceptor `ntlm.acceptor`, `kerberos.gssapi` and `spnego.acceptor`; for an initiator, and on Windows for
-both, pyspnego (`proxies`).
+An acceptor's are made by `ntlm.acceptor`, `kerberos.gssapi` and `spnego.acceptor`; an initiator's, and on Windows
+both, by pyspnego (`proxies`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ def simple_upper(text: str) -> str:
     """Upper-case each character that has an upper case of one character; leave the others.
 
     This is how Windows folds account names: ``straße`` becomes ``STRAßE``, where `str.upper` would
-    make it ``STRASSE``, which is somebody else's name. For the same reason nothing beyond ASCII
+    make it ``STRASSE``, which is another account's name. For the same reason nothing beyond ASCII
     becomes ASCII: the dotless i and the long s stay what they are, as in .NET's invariant culture.
     """
     if text.isascii():

@@ -1,6 +1,6 @@
 """What is demanded of a finished context, beyond the mechanism's own word that it is complete.
 
-pyspnego is a protocol engine, not a policy: `complete` can be True where nobody proved anything (an
+pyspnego is a protocol engine, not a policy: `complete` can be True where the peer has proved nothing (an
 SPNEGO client that just says accept-completed). So a context counts as established only after one of
 the functions here has looked at all of it.
 """
@@ -68,7 +68,7 @@ def _order_is_ours(demanded: ContextFlag, enctype: int) -> int:
 
 
 def _check_flags(inner: Mechanism, demanded: ContextFlag) -> None:
-    """See that an initiator's context provides what is demanded; NTLM's own flags say more, and are looked at instead."""
+    """See that an initiator's context provides what is demanded. Not of NTLM, whose own flags say more."""
     missing = demanded & ~ContextFlag(inner.flags & _GSS_FLAGS)
     if missing:
         names = ", ".join(str(flag.name) for flag in missing)

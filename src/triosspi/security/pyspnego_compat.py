@@ -83,7 +83,7 @@ def allow_token_logging(allow: bool = True) -> None:
 @functools.cache
 def _fresh_ntlm_acceptor() -> NTLMProxy:
     """Made once, to be copied: its initialiser's enum arithmetic takes 40 us."""
-    # As an initiator, since for an acceptor it insists on the file named by NTLM_USER_FILE. Its account is nobody's.
+    # As an initiator, since for an acceptor it insists on the file named by NTLM_USER_FILE. Any user name will do.
     proxy = NTLMProxy(NTLMHash("nobody"))
     proxy.usage = "accept"
     proxy._credential = None

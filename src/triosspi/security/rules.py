@@ -4,17 +4,17 @@ A rule is one of
 
 * ``alice@REALM`` or ``DOM\alice``: that principal;
 * ``*@REALM``, ``DOM\*``: everybody of that realm or domain;
-* ``S-1-5-21-...``: whoever's PAC has that SID, as the user's own or as a group's.
+* ``S-1-5-21-...``: every client whose PAC has that SID, as the user's own or as a group's.
 
 The first two may begin with ``kerberos:`` or ``ntlm:``, and are then about that mechanism alone.
 """
 
-# What looks like a Kerberos principal need not be one: an NTLM account may be called "admin@REALM" (account files are made of
-# all kinds of lists), and whoever made that account may log in by NTLM under the very text by which an operator lets the
-# realm's administrator in. So a rule means one thing where it gives something and another where it takes something:
+# What looks like a Kerberos principal need not be one: an NTLM account may be called "admin@REALM" (account files are
+# made of all kinds of lists), and its owner may log in by NTLM under the very text by which an operator lets the realm's
+# administrator in. So a rule means one thing where it gives something and another where it takes something:
 #
-# * To let in, or to say whose local account somebody gets, it is read narrowly: what has the form of a Kerberos principal is
-#   about Kerberos, unless it says ``ntlm:``.
+# * To let in, or to say whose local account a client gets, it is read narrowly: what has the form of a Kerberos
+#   principal is about Kerberos, unless it says ``ntlm:``.
 # * To keep out it is read widely: whatever logs in under that name, by any mechanism and in any spelling.
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Rule:
             if mechanism not in _MECHANISMS:
                 raise ConfigurationError(f"{text!r} is no rule: before the colon stands 'kerberos' or 'ntlm'")
         name = who.removeprefix("*@") if who.startswith("*@") else who.removesuffix("\\*")
-        # White space around it is a name's that nobody has: a denial of nobody.
+        # With white space around it, it is a name that no client has: as a denial it would deny no one.
         if (
             not name
             or "*" in name

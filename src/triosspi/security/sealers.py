@@ -173,8 +173,8 @@ class GSSWrapSealer(_Counting):
         if not opened.encrypted:
             # A wrap token that is only signed is valid to GSS-API.
             raise UnsealError("a message that was signed but not encrypted")
-        # Nor is the cut: one place is taken, where the ciphertext is as long as the message, which is SSPI's, and the one
-        # of whoever cuts gss_wrap's tokens.
+        # Nor is the cut: one place is taken, where the ciphertext is as long as the message, which is SSPI's, and that
+        # of peers which cut gss_wrap's tokens.
         if len(opened.data) != len(ciphertext):
             raise UnsealError(f"a ciphertext of {len(ciphertext)} bytes for a message of {len(opened.data)}")
         return opened.data

@@ -1,1 +1,1 @@
-"""Kerberos through python-gssapi: what is demanded of tickets, and what their PACs say."""
+"""Kerberos: python-gssapi (`gssapi`), what is demanded of tickets (`tickets`), and what their PACs say (`pac`)."""

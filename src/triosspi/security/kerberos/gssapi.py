@@ -278,6 +278,6 @@ def _read_pac(raw: Any, name: Any) -> PAC | None:
     try:
         return read_logon_info(attribute.values[0])
     except AuthenticationError as exc:
-        # Who needs groups refuses whoever has none.
+        # A login without a PAC is still one; where groups are demanded, or SIDs denied, it is refused later.
         log.warning("Kerberos: %s; it is ignored", exc)
         return None

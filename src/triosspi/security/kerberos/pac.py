@@ -1,8 +1,8 @@
-"""The part of a PAC that says who somebody is: KERB_VALIDATION_INFO, [MS-PAC] 2.5, in NDR, [C706] 14.
+"""The part of a PAC that says who the client is: KERB_VALIDATION_INFO, [MS-PAC] 2.5, in NDR, [C706] 14.
 
 Only what authorisation needs is read: the user's and the groups' SIDs. The bytes were signed by the KDC,
-and the Kerberos library has verified that; still every length is checked, since a realm that is trusted
-is not one's own.
+and the Kerberos library has verified that; still every length is checked, since the KDC of a trusted
+realm is run by others.
 """
 
 # NDR in short. A structure's fixed part comes first, pointers in it as 4 bytes ("referents", zero for

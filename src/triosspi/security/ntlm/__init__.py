@@ -1,1 +1,1 @@
-"""NTLM's acceptor: [MS-NLMP], read strictly; and the accounts that may log in by it."""
+"""NTLM, [MS-NLMP]: the acceptor, the reader of its messages, their verification, and the accounts that may log in."""

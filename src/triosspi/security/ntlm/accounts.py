@@ -130,7 +130,7 @@ class AccountTable:
     def add(self, account: Account) -> bool:
         """Add an account; the first of two with the same name stays. Returns whether it was added.
 
-        If either of the two is disabled, the one that stays is: whoever disabled it meant the account, not a line.
+        If either of the two is disabled, the one that stays is: it is accounts that operators disable, not lines.
         """
         key = account_key(account.domain, account.name)
         first = self._packed.get(key)
@@ -143,7 +143,8 @@ class AccountTable:
 
     def lookup(self, domain: str, user: str) -> Account | None:
         """See `AccountSource.lookup`."""
-        # Found or not, in its domain or without one, the same steps: whoever asks must not learn by a clock what there is.
+        # Found or not, in its domain or without one, the same steps: a client must not learn by a clock which
+        # accounts there are.
         own = self._packed.get(account_key(domain, user))
         shared = self._packed.get(account_key("", user))
         packed = shared if own is None else own
@@ -300,7 +301,7 @@ class AccountFile:
             status = self.path.stat()
         except (OSError, ValueError):
             return None
-        # The last one nobody can set back, where the filesystem has it; `_LOOK_INTERVAL` is for the others.
+        # The last one cannot be set back, where the filesystem has it; `_LOOK_INTERVAL` is for the others.
         return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
     def _reload(self) -> None:
@@ -309,7 +310,7 @@ class AccountFile:
         try:
             changed = self._load()
         except _texts.CannotReadError as exc:
-            # What was not read was not seen, or whoever has been removed could log in until the next change.
+            # What was not read was not seen, or an account that has been removed could log in until the next change.
             self._retry_at = self._look_at = time.monotonic() + _RETRY_INTERVAL
             self._tell(signature, exc)
         except ConfigurationError as exc:

@@ -71,7 +71,7 @@ class Login:
     flags: int
 
 
-# Whoever is not in the account file is verified against this, so that it takes as long.
+# Where there is no account, a login is verified against this one, so that it takes as long.
 _NOBODY: Final = Account("NOWHERE", "nobody", bytes(16), enabled=False)
 
 
@@ -109,7 +109,7 @@ def verify(
         if hmac.compare_digest(expected, proof):
             session_base_key = base_key
     who = printable(f"{message.domain}\\{message.user}" if message.domain else message.user)
-    # As whom it is counted: whoever guesses at one account spells its name in many ways.
+    # What the failure is counted under: those who guess at one account spell its name in many ways.
     spelled, named = simple_upper(f"{message.domain}\\{message.user}"), known.principal
     principal = spelled if account is None else named
     if account is None:

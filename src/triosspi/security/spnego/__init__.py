@@ -1,1 +1,1 @@
-"""SPNEGO's acceptor, RFC 4178."""
+"""SPNEGO, RFC 4178: the acceptor, and its tokens."""

@@ -1,4 +1,4 @@
-"""SPNEGO's acceptor, RFC 4178: which mechanism, and the proof that nobody took a better one away.
+"""SPNEGO's acceptor, RFC 4178: which mechanism, and the proof that no attacker has taken a better one away.
 
 pyspnego has an acceptor for it, too. That one takes the client's word for things that must be demanded, reads ASN.1
 leniently, and takes 120 to 160 microseconds a login for it; this is strict, and takes a tenth.

@@ -1,4 +1,4 @@
-"""SPNEGO's tokens, RFC 4178 4.2: read with suspicion, written as an acceptor must. And what a first token is, of any kind."""
+"""SPNEGO's tokens, RFC 4178 4.2, read with suspicion and written; and what the first token of a handshake is."""
 
 from __future__ import annotations
 
