@@ -30,7 +30,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, values
 from prometheus_client.core import CounterMetricFamily
@@ -41,6 +41,7 @@ from prometheus_client.registry import Collector
 
 from ... import __version__
 from ..._errors import ConfigurationError
+from ...tcp import Outcome
 from ..reasons import described
 
 log = logging.getLogger("triosspi.metrics")
@@ -62,20 +63,7 @@ DROP_CAUSES: Final = (
     "draining",
     "other",
 )
-SESSION_OUTCOMES: Final = (
-    "goodbye",
-    "peer_closed",
-    "finished",
-    "lost",
-    "handler_error",
-    "idle",
-    "expired",
-    "age",
-    "bytes",
-    "messages",
-    "shutdown",
-    "other",
-)
+SESSION_OUTCOMES: Final = (*get_args(Outcome), "other")
 
 # Seconds. A login takes 0.5 ms here and some round trips; where it takes more than a second, something is slow.
 _HANDSHAKE_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
