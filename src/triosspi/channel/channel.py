@@ -12,7 +12,7 @@
 #   the transport may be a stranger's adapter, or another channel.
 # * Receiving is cancel-safe: there is no await between reading the transport and storing what it gave,
 #   nor between taking messages out and returning them. So the checkpoint of the fast path comes first.
-# * The handshake is done once, by whoever needs it first; the others wait for its end, good or bad.
+# * The handshake is done once, by the task that needs it first; the others wait for its end, good or bad.
 #   (Trio's own `_Once` leaves a second waiter hanging when the first one fails.)
 #
 # What a channel may do when is in `states`, and how it is closed in `farewell`.
@@ -69,7 +69,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
       tracer: see above.
     """
 
-    # An idle connection is this, a session, a sealer and a task: each field counts, thousands of times.
+    # Each idle connection holds one of these, a session, a sealer and a task; each field is paid thousands of times.
     __slots__ = (
         "__weakref__",
         "_cause",
@@ -256,7 +256,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
                 self._translate(exc, cancel_breaks=True)
                 raise
             finally:
-                # In any case, or whoever else waits for the handshake waits for ever.
+                # In any case, or other tasks that wait for the handshake would wait for ever.
                 self._handshake_over.set()
                 self._handshake_over = None
         elif checkpoint:
@@ -320,7 +320,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         finally:
             self._sending = False
             if self._stopped or self._state is BROKEN:
-                # It waits for what nobody will take any more.
+                # It waits for a message that `receive` would not return any more.
                 self._wake_receiver()
 
     # Receiving
@@ -425,8 +425,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
             self._wake_receiver()
 
     def _wake_receiver(self) -> None:
-        # What wakes one who waits to read a socket wakes one who waits to write it too, half-way through a record:
-        # so not while a task is sending. It calls this when it is done.
+        # `notify_closing` wakes tasks that wait to write the socket, too, and would cut a record in two. So it is not called
+        # while a task is sending, which calls this when it is done.
         if self._receiving and not self._sending and isinstance(self.transport_stream, trio.SocketStream):
             trio.lowlevel.notify_closing(self.transport_stream.socket)
 
@@ -507,7 +507,7 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         try:
             goodbye = self._session.goodbye()
         except RemoteProtocolError:
-            # The peer's ticket has ended, say: then there is nobody to be polite to.
+            # The context can seal nothing any more, as after the end of the peer's ticket.
             return
         if self._receiving:
             self._receiver_gone = trio.Event()

@@ -1,6 +1,6 @@
 """The end of a connection that both sides were content with: goodbye, FIN, and the peer's last bytes."""
 
-# Closing a TCP socket with input that nobody has read makes the kernel send RST, which destroys what the peer has not read
+# Closing a TCP socket with unread input makes the kernel send RST, which destroys what the peer has not read
 # yet, replies that were sent long before included. So: goodbye, FIN, read until the peer's FIN, close; all of it bounded,
 # since the peer may be hostile. The reading begins with the goodbye, in a task of its own: two sides that close with full
 # buffers would each wait for the other to read first, until their time was up, and reset each other.

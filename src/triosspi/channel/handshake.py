@@ -16,7 +16,7 @@ def _login_turn() -> trio.Lock:
     """One step of one login for each turn of the event loop.
 
     A step takes a quarter of a millisecond. A hundred that arrive together would all be taken in one turn,
-    and whoever is logged in already would wait for all of them.
+    and connections that are logged in would wait for all of them.
     """
     try:
         return _turn.get()

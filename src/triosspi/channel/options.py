@@ -33,8 +33,8 @@ class RunBlocking(Protocol):
 async def run_in_thread(sync_fn: Callable[[bytes | None], bytes], token: bytes | None, /) -> bytes:
     """Run a handshake's step in one of Trio's worker threads, after a look that it is the server's own.
 
-    A cancelled one is left to itself: a KDC that does not answer may hold it up for a minute, and nobody
-    will look at a broken channel's session again.
+    A cancelled one is left to itself: a KDC that does not answer may hold it up for a minute, and the
+    session of a broken channel is not used again.
     """
     return await _server_threads.run_sync(sync_fn, token, abandon_on_cancel=True)
 

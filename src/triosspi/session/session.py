@@ -12,7 +12,7 @@
 # counters, and NTLM's running RC4 state, have moved. So the first failure is final, and everything
 # that is sealed must also be sent, in that order.
 #
-# What they do not guarantee is the end. A closed TCP connection is nobody's signed word, so the framed
+# What they do not guarantee is the end. No signature covers the closing of a TCP connection, so the framed
 # format has a goodbye, a sealed empty message. Without one an end may be an attacker's cut.
 #
 # When the handshake ends, the two sides need not agree that it has. The side that speaks last is done
@@ -298,7 +298,7 @@ class Session:
         return self.receive_ended and self._codec.has_goodbye
 
     def goodbye(self) -> bytes:
-        """The bytes that say goodbye, once; none where it was said, or cannot be, or nobody listens."""
+        """The bytes that say goodbye, once; none where it was said, cannot be said, or the peer has left."""
         if self._ours is not Ours.MESSAGES or self.peer_left or not self._codec.has_goodbye:
             return b""
         self._say(Ours.SAID_ALL)

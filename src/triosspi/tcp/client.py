@@ -37,7 +37,7 @@ async def open_sspi_over_tcp_channel(
       LocalProtocolError: an option cannot be.
       ConfigurationError: ``host`` cannot be a target's.
     """
-    # Before anything is opened that nobody would close.
+    # Checked before the connection is opened, which an error here would leave open.
     chosen = ChannelOptions(**options)
     initiator = initiator.with_default_host(host)
     stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)

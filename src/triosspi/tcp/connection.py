@@ -73,7 +73,7 @@ class Attempt:
         self.seconds = 0.0
 
     def begin(self, deadline: trio.CancelScope) -> None:
-        """The time of the login has begun; whoever cancels the scope ends the attempt."""
+        """The time of the login has begun. Cancelling the scope ends the attempt."""
 
     async def open(self) -> TCPChannel | None:
         """Read what stands before the handshake, and make the channel.
@@ -128,10 +128,10 @@ class LiveSession:
       source: see above.
       expires: see above.
       ended_by: why the server has ended it, if it has.
-      scope: its handler runs in it; None: nobody ends it from outside.
+      scope: its handler runs in it; None where nothing ends it from outside.
     """
 
-    # An idle connection is this, too.
+    # Part of the memory of each idle connection.
     __slots__ = ("channel", "ended_by", "expires", "scope", "source")
 
     def __init__(self, channel: TCPChannel, source: str, expires: float | None) -> None:
@@ -194,7 +194,7 @@ class ConnectionServer(Generic[ArrivedT]):
                 await _drop(arrived, arrived)
                 return False
             session = await self._log_in(arrived, attempt)
-            # It waits for days from here on.
+            # A session lasts for days; what was for the login is not kept for so long.
             del attempt
             if session is None:
                 return False
@@ -210,7 +210,7 @@ class ConnectionServer(Generic[ArrivedT]):
             finally:
                 await self._close(session, end)
         except Exception:
-            # A hook's. It is one connection that has met a bug of ours, and not the end of all.
+            # A bug in a hook. It must not reach the nursery, which would cancel all other connections.
             log.exception("a connection was given up for an error of the server's own")
             await trio.aclose_forcefully(arrived)
             return False
@@ -320,7 +320,7 @@ async def _drop(arrived: trio.abc.AsyncResource, resource: trio.abc.AsyncResourc
     """
     stream = arrived.transport_stream if isinstance(arrived, SSPIChannel) else arrived
     if isinstance(stream, trio.SocketStream) and os.name == "posix":
-        # What has come and nobody has read would make of the end a RST.
+        # With unread input the kernel would send RST, and the peer would see a reset in place of an end.
         with suppress(OSError):
             for _ in range(_PIECES):
                 if not os.read(stream.socket.fileno(), _PIECE):

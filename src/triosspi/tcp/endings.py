@@ -32,8 +32,8 @@ class End:
     Attributes:
       outcome: in a word.
       error: what was wrong, in words that hold nothing secret; None where nothing was.
-      forged: why a message did not open, if one did not; also beside an error of the handler's, or whoever tampers would need
-        only to meet one.
+      forged: why a message did not open, if one did not. Kept beside an error of the handler's too: an attacker must not be
+        able to hide tampering behind such an error.
     """
 
     outcome: Outcome
@@ -103,8 +103,8 @@ def tampering(exc: BaseException) -> UnsealError | None:
 def is_ordinary_end(exc: Exception) -> bool:
     """Whether a peer that simply was done raises this: a goodbye, or an end between two messages.
 
-    The latter because some peers cannot say goodbye; whoever must tell it from an attacker's cut
-    looks at `TruncatedError` themselves.
+    The latter because some peers cannot say goodbye. An application that must tell it from an attacker's cut
+    looks at `TruncatedError.at_boundary`.
     """
     cause = exc.__cause__
     if isinstance(cause, TruncatedError):

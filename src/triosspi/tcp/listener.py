@@ -19,8 +19,8 @@ log = logging.getLogger("triosspi.server")
 class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
     """Wraps a listener, so that its connections are channels.
 
-    `accept` only wraps: the handshake is left to whoever uses the channel, so that a client that
-    dawdles holds up nobody else.
+    `accept` only wraps: the handshake is left to the first use of the channel, so that a slow client
+    does not hold up the others.
 
     Args:
       transport_listener: the listener underneath; it is owned and closed.
@@ -55,7 +55,7 @@ class SSPIListener(trio.abc.Listener[SSPIChannel[StreamT]], Generic[StreamT]):
             tracer, failure = self._trace()
             channel = SSPIChannel(transport_stream, self._acceptor, tracer=tracer, **self._options.keywords())
         except BaseException:
-            # Nobody else knows of it.
+            # The caller does not have it, and could not close it.
             await trio.aclose_forcefully(transport_stream)
             raise
         if failure is not None:

@@ -66,7 +66,7 @@ async def open_sspi_over_tcp_listeners(
     backlog: int | None = None,
     **options: Unpack[ChannelKeywords],
 ) -> list[TCPListener]:
-    """Listen. Accepting only wraps: the handshake is left to whoever uses the channel.
+    """Listen. Accepting only wraps: the handshake is left to the first use of the channel.
 
     Args:
       port: TCP port; 0 lets the system choose.
@@ -81,7 +81,7 @@ async def open_sspi_over_tcp_listeners(
       OSError: see `trio.open_tcp_listeners`.
       LocalProtocolError: an option cannot be.
     """
-    # Before anything is opened that nobody would close.
+    # Checked before sockets are opened, which an error here would leave open.
     chosen = ChannelOptions(**options)
     return [
         SSPIListener(listener, acceptor, make_tracer=make_tracer, **chosen.keywords())

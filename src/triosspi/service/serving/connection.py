@@ -23,19 +23,19 @@ from .lifecycle import shutting_down
 from .login_stream import LoginStream
 from .sessions import Sessions, WatchedSession
 
-#: Seconds that whoever is logging in has left when the server begins to stop. Who means it needs a few round trips, for
-#: which a busy machine may take seconds; who has only connected would hold up the stop for as long as a login may take.
+#: Seconds that are left for logins under way when the server begins to stop. An honest client needs a few round trips, for
+#: which a busy machine may take seconds; a client that only connects would hold up the stop for a whole login's time.
 STOPPING_HANDSHAKE: Final = 5.0
-#: Seconds between two looks at who makes room, while somebody waits to be read.
+#: Seconds between two looks at which connections make room, while others wait to be read.
 TURNS_INTERVAL: Final = 0.05
 
 
 class TooManySessions(AuthenticationError):
-    """The peer is who it says, and there are as many sessions of it as may be. Nothing is held against it."""
+    """The peer has authenticated, and its principal has as many sessions as it may have. That is no failed login."""
 
 
 class Service(ConnectionServer[trio.SocketStream]):
-    """What all connections of a server share. A reload exchanges some of it; whoever is logged in keeps what they have.
+    """What all connections of a server share. A reload exchanges some of it; open channels keep what they were made with.
 
     Args:
       handler: the application.
@@ -162,7 +162,7 @@ class Service(ConnectionServer[trio.SocketStream]):
         self._somebody_waits.set()
 
     async def keep_turns(self) -> NoReturn:
-        """Let those who sit make room for those who wait, until cancelled."""
+        """Let silent connections make room for waiting ones, until cancelled."""
         while True:
             await self._somebody_waits.wait()
             self._somebody_waits = trio.Event()
@@ -224,7 +224,8 @@ class ServiceAttempt(Attempt):
             tracer=None if service.make_tracer is None else service.make_tracer(),
             **service.options.keywords(),
         )
-        # Before the last token of ours says that the password was right, and where there is none.
+        # Asked before our last token, which would tell the peer that its password was right. Where the mechanism has no such
+        # token, `check` asks.
         watched.before_sending = partial(self._check_principal, channel)
         return channel
 
@@ -242,7 +243,7 @@ class ServiceAttempt(Attempt):
         elif self._service.sessions.stopping:
             dropped("draining", self.source)
         elif self._entry.stage is Stage.QUEUED:
-            # It has said all, and it was we who did not come to it.
+            # The peer has done its part; the server did not come to it.
             dropped("startups", self.source)
         else:
             return super().out_of_time(timeout)
@@ -284,7 +285,7 @@ class ServiceAttempt(Attempt):
     async def _wait_for_turn(self) -> None:
         entry = self._entry
         if entry.stage is Stage.SILENT:
-            # Unread: what is not known to be worth it gets no memory and no place.
+            # Nothing is read yet: until it speaks, a connection gets neither memory nor a place among those that are served.
             await trio.lowlevel.wait_readable(self._stream.socket)
             entry.spoke()
         if not entry.has_turn:
@@ -294,10 +295,10 @@ class ServiceAttempt(Attempt):
             await turn.wait()
 
     def _check_principal(self, channel: TCPChannel) -> None:
-        """See that whoever has logged in may be let in; before that, nothing happens.
+        """See that the principal may have one more session. Before the login, do nothing.
 
         Raises:
-          AuthenticationError: they may not.
+          AuthenticationError: it may not.
         """
         try:
             peer = channel.peer
