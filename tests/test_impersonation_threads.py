@@ -425,7 +425,7 @@ def test_nobody_can_tell_who_a_thread_is_and_that_is_the_end(monkeypatch: pytest
 
     monkeypatch.setattr(linux, "_ids", Mute())
     linux.check_thread()
-    assert said == [b"triosspi: a worker thread of which nobody knows who it is; aborting\n"]
+    assert said == [b"triosspi: a worker thread whose credentials cannot be read; aborting\n"]
 
 
 def test_without_the_kernels_account_of_the_process_whoever_asked_first_is_the_server(

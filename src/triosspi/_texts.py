@@ -1,10 +1,10 @@
 """The one reader of the text files that people write: what is on the disk, and what of it is text."""
 
-# Whoever saves a file with the wrong editor must not become somebody else by it. A byte order mark makes another name of the
-# first one in the file; a line that an editor shows, and that is not one here, is a `deny` that nobody obeys. So whatever
-# people and this program could read differently is an error that says where it is and what to do.
+# What an editor adds to a file must not change its meaning. A byte order mark would become a part of the first name in the
+# file; a line break that an editor shows, and this program does not see, would hide a `deny` rule. So whatever people and this
+# program could read differently is an error that says where it is and what to do.
 #
-# And whatever stands at a file's path must not hold up who reads it: a FIFO waits for its writer, a device never ends.
+# And whatever is at a file's path must not block the reader: a FIFO waits for its writer, a device never ends.
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CHUNK: Final = 2**20
 _OPEN: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 _NO_WAITING: Final = getattr(os, "O_NONBLOCK", 0)
 _UTF16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# What is so far looked into for UTF-16 without a mark: of Latin letters in it every other byte is NUL.
+# Bytes that are searched for UTF-16 without a mark: in it, every other byte of Latin letters is NUL.
 _SAMPLE: Final = 1024
 _MARK: Final = "\ufeff"
 # Line ends to some editors and to str.splitlines(), and never here.
@@ -46,7 +46,7 @@ class Content:
 
     Attributes:
       data: its bytes.
-      status: whose the file is and who may do what with it; of the very file that was read.
+      status: owner and permissions; of the very file that was read.
     """
 
     data: bytes = field(repr=False)
@@ -61,8 +61,8 @@ def read(path: str | os.PathLike[str], what: str, limit: int, *, pipes: bool = F
       path: the file.
       what: it is, in an error's words: "the account map".
       limit: bytes that it may have; of more than that nothing is kept.
-      pipes: take what comes through a pipe or from a terminal, too, and wait for it. For commands alone, whose user
-          waits with them: a server that waits serves nobody.
+      pipes: read pipes and terminals too, and wait for them. For commands only: a server would stop serving while it
+          waits.
 
     Raises:
       CannotReadError: the system says why.

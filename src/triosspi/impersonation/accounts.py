@@ -11,13 +11,13 @@ matches decides::
     DOM\*                      *
     *@EXAMPLE.COM              visitor
 
-A principal or pattern is a rule of `triosspi.security.rules`: ``alice@EXAMPLE.COM`` is who has a ticket for that name, and not an
-NTLM account that is called so (that would be ``ntlm:alice@EXAMPLE.COM``). A line that says ``-``, nobody, is about whoever logs
-in under that name, by whatever mechanism and in any spelling. ``*`` on the right stands for what ``*`` stands for on the left: the principal's name
-without its domain.
+A principal or pattern is a rule of `triosspi.security.rules`: ``alice@EXAMPLE.COM`` matches a client with a Kerberos ticket
+for that name, and not an NTLM account that has the same spelling (that would be ``ntlm:alice@EXAMPLE.COM``). A line with
+``-``, for no account, matches that name by either mechanism and in any spelling. ``*`` on the right stands for what
+``*`` stands for on the left: the principal's name without its domain.
 
 There is no way to a local account but through a line (or, where that was asked for, the ``auth_to_local``
-rules of krb5.conf). Above all ``DOM\alice`` is never tried as ``alice``: whoever could make an account
+rules of krb5.conf). Above all ``DOM\alice`` is never tried as ``alice``: an attacker who can make an account
 in the domain would become any local user by choosing that user's name (CVE-2020-25717). For the same
 reason only a line that names a principal can give it root or a system account, never a pattern: ``root``
 may well be a name in a domain.
@@ -41,9 +41,9 @@ from .auth_to_local import auth_to_local, check_auth_to_local
 
 #: Where accounts of people begin: login.defs's UID_MIN nearly everywhere.
 DEFAULT_MIN_UID: Final = 1000
-#: Seconds; as long may a user's groups, or the user, have changed without being noticed.
+#: Seconds that a looked-up account is kept; a change of the user or of their groups is noticed after that.
 _MAX_AGE: Final = 60.0
-#: Whoever is looked up has authenticated and stands in the map, but there may be many.
+#: Accounts that are kept. Only authenticated peers in the map are looked up, but there may be many of them.
 _CACHE_SIZE: Final = 4096
 
 # "alice@REALM  alice", '"DOM\Bob Smith"  bob', and a comment behind them.
@@ -55,7 +55,7 @@ _NAME: Final = re.compile(r"\w[\w.-]*\$?")
 
 @dataclass(frozen=True, slots=True)
 class LocalAccount:
-    """Who a thread becomes: all that the kernel must be told, looked up beforehand.
+    """The account that a thread switches to: all that the kernel must be told, looked up beforehand.
 
     Attributes:
       name: the local account's name.
@@ -80,7 +80,7 @@ class LocalAccount:
 
         try:
             entry = pwd.getpwnam(name)
-            # What a later look-up gives, as somebody else and in the middle of a switch, nobody knows: hence all now.
+            # All of it is looked up now: during the switch a look-up would run with other credentials, and may differ.
             groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
         except (KeyError, ValueError):
             raise ImpersonationError(f"there is no local account {printable(name)}") from None
@@ -235,13 +235,13 @@ def _key(peer: PeerIdentity) -> tuple[str, str, bool]:
 def _read(path: Path) -> list[_Line]:
     content = _texts.read(path, "the account map", _texts.SMALL)
     status = content.status
-    # Whoever may write it may be anybody. Windows has neither these bits nor this file.
+    # Write access to the map is access to every account in it. Windows has neither these bits nor this file.
     if os.name == "posix" and (
         status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid())
     ):
         raise ConfigurationError(f"{path}: others than root and this server may write it: chmod 644, chown root")
     text = _texts.decode_lines(content.data, f"the account map {path}")
-    # One line that cannot be read, and nobody is anybody: it may have been the one that makes somebody nobody.
+    # One bad line refuses the whole map: it may have been the one that denies an account.
     lines = [_parse_line(line, f"{path}:{number}") for number, line in _texts.lines(text)]
     found = [line for line in lines if line is not None]
     if not found:

@@ -1,17 +1,17 @@
 """What a function that runs as a peer may not start: what would go on being the peer."""
 
-# A thread, or a copy of the process, is from its first moment on who its starter is just then, and there is nobody to bring
-# it back. So a function that has a pool grow, which may be anybody's (Trio's cache of threads, an executor of the
-# application, asyncio's, a `multiprocessing.Pool` that forks), would leave the peer in there, to do the next errand of the
-# server or of another peer. Whoever starts a pool's thread means no harm and knows nothing of it, so it is the start that
-# is refused, by Python's auditing events; an audit hook that raises makes what it is asked about fail.
+# A new thread, or a copy of the process, begins with the credentials of the thread that starts it, and nothing ever changes
+# them back. So a function that makes a pool grow (Trio's cache of threads, an executor of the application, asyncio's, a
+# `multiprocessing.Pool` that forks) would leave a thread with the peer's credentials in it, which would do the next piece of
+# work of the server or of another peer. The code that starts a pool's thread cannot know of this, so the start itself is
+# refused, through Python's auditing events: what an audit hook raises makes the audited call fail.
 #
-# An event loop is refused for the contrary: the threads that it finds idle in Trio's cache are the server, so
-# `trio.run(trio.Path(name).read_text)` would read as the server what the peer may not. It cannot be seen from here which
-# loop it is; that one is being installed, it says by an event.
+# An event loop is refused for the opposite reason: the idle threads that it finds in Trio's cache have the server's
+# credentials, so `trio.run(trio.Path(name).read_text)` would read as the server what the peer may not read. Which loop it is
+# cannot be seen here; that one is being installed can, by its event.
 #
-# What is not seen: threads that a library in C starts for itself, and `multiprocessing`'s other ways to start processes,
-# which are programs. Work that is handed to a thread that there is already cannot be seen at all, and is done by that one.
+# What cannot be seen: threads that a library in C starts, and `multiprocessing`'s other start methods, which start programs.
+# Nor can work that is handed to a thread that exists already; it is done with that thread's credentials.
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def see_threads() -> None:
 
 
 def rehearse(ids: ModuleType) -> None:
-    """See that it works here, on a thread that nobody needs.
+    """See that a confined thread is really kept from starting another one.
 
     Args:
       ids: the extension.

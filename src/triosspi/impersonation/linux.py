@@ -1,16 +1,16 @@
-"""One thread as somebody else, and back again; Linux."""
+"""One thread with a local account's credentials, and back again; Linux."""
 
-# What must hold: while the function runs its thread is the local account and has nothing left of the server's
-# power; afterwards it is exactly what it was, or the process is no more; nobody else notices. The event loop's
-# thread and the other workers are who they are all the time, since `_thread_ids` concerns its own thread alone.
+# What must hold: while the function runs, its thread has the local account's credentials and nothing left of the server's
+# power; afterwards it has exactly what it had before, or the process is aborted. No other thread is affected, neither the
+# event loop's nor other workers': the system calls of `_thread_ids` are about the calling thread alone.
 #
 # Which of the three user ids is what, and why:
 #
 # * The effective one becomes the account's, and the file-system one follows it: these decide about files.
 # * The real one becomes the account's too. Were it still the server's, a program that the function starts would
 #   begin as that mixture, and `sh` ends the mixture by taking the real one for good: it would run as root. The price:
-#   whoever has a process of his own on this machine under that account may send a signal to the thread while it
-#   is he, also SIGKILL or SIGSTOP, which are the whole process's.
+#   other processes of that account on this machine may send signals to the thread meanwhile, also SIGKILL and SIGSTOP,
+#   which act on the whole process.
 # * The saved one stays the server's. It is the way back. No program inherits it (execve takes the effective one
 #   for it), and it, and that the process is not "dumpable", is what keeps the account's processes from tracing the
 #   thread or looking at its memory. (The kernel makes a process undumpable when an effective id changes; it is left
@@ -25,14 +25,15 @@
 # inherit (the ambient ones go with it). The permitted set stays, as without it there is no way back. For an account
 # that is root the effective set stays what it was.
 #
-# A way back that does not work ends the process, at once: there would be a thread with the way back in it that is
-# somebody else. "Works" means that the getters say so, not that the calls said nothing. The same end has a worker thread
-# that is found to be somebody else before it does the server's own work: where one is there may be more, and whose errands
-# they have done nobody knows. (How it could come to be one, and why it cannot: `confinement`.)
+# If the way back fails, the process is aborted at once: it would have a thread with foreign credentials that can still
+# become the server. Whether it has failed is asked of the kernel afterwards; that the calls reported no error is not enough.
+# The process is aborted, too, when a worker thread is found with foreign credentials before it does the server's own work:
+# there may be more such threads, and what they have done already cannot be known. (How that could happen, and what prevents
+# it: `confinement`.)
 #
-# What is not changed, since the process shares it: the working directory, the umask, open files, the memory. This is no
-# sandbox. Nor is the garbage collector: it may run on this thread as on any other, and what it finalises then, whoever's it
-# was, is finalised as the account. (Turned off meanwhile, a function that hangs would have the whole process grow.)
+# What is not changed, since all threads share it: the working directory, the umask, open files, the memory. This is no
+# sandbox. The garbage collector is not changed either: it may run on this thread as on any other, and then finalises objects
+# of others as the account. (Were it turned off meanwhile, the whole process would grow while a function hangs.)
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ Triple = tuple[int, int, int]
 
 
 class Identity(NamedTuple):
-    """All that one thread is to the kernel.
+    """A thread's credentials, as the kernel has them.
 
     Attributes:
       user_ids: real, effective, saved.
@@ -92,7 +93,7 @@ def _native() -> ModuleType:
 
 
 def thread_identity() -> Identity:
-    """The calling thread, by the kernel's own word."""
+    """The calling thread's credentials, asked of the kernel."""
     ids = _native()
     capabilities = ids.capabilities()
     return Identity(
@@ -101,7 +102,7 @@ def thread_identity() -> Identity:
         ids.filesystem_ids(),
         ids.groups(),
         capabilities,
-        # Forty calls, and there are none but among the inheritable ones.
+        # Forty system calls; and ambient capabilities are always inheritable ones.
         ids.ambient() if capabilities[2] else 0,
     )
 
@@ -110,7 +111,7 @@ def thread_identity() -> Identity:
 
 
 def check_privileges() -> None:
-    """See that this thread, and so those that it starts, may become somebody else.
+    """See that this thread, and so those that it starts, may change its credentials.
 
     Raises:
       ConfigurationError: it may not.
@@ -146,7 +147,7 @@ def _rehearse() -> None:
         except (OSError, ConfigurationError) as exc:
             refused.append(exc)
 
-    # Not on a thread that anybody needs.
+    # On a thread of its own: if it cannot be undone, only that thread is lost.
     thread = threading.Thread(target=work, name="triosspi rehearsal")
     thread.start()
     thread.join()
@@ -188,18 +189,18 @@ def check_account(account: LocalAccount) -> None:
 
 
 def check_namespace(min_uid: int) -> None:
-    """See that there is anybody at all from a uid on.
+    """See that there are uids from this one on.
 
     Raises:
-      ConfigurationError: there is nobody.
+      ConfigurationError: there are none.
     """
     if not any(some[-1] >= min_uid for some in _ranges("uid") if some):
         raise ConfigurationError(f"this user namespace has no uid from {min_uid} on (/proc/self/uid_map)")
 
 
-# Who the server is
+# The server's own credentials
 
-#: What makes a thread somebody, without what it may: ids of users, groups and the file system, and the groups.
+#: A thread's credentials without its capabilities: ids of users, groups and the file system, and the groups.
 _Who = tuple[Triple, Triple, tuple[int, int], tuple[int, ...]]
 _server: _Who | None = None
 
@@ -210,7 +211,7 @@ def _who() -> _Who:
 
 
 def _main_thread() -> _Who | None:
-    """The process's first thread, which is nobody else ever; None where the kernel's account of it is not to be had."""
+    """The credentials of the process's first thread, which never impersonates; None where /proc does not tell."""
     try:
         text = (_PROC / "status").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -222,10 +223,10 @@ def _main_thread() -> _Who | None:
 
 
 def remember_server() -> None:
-    """Take the calling thread for the server from now on; see `check_thread`.
+    """Take the calling thread's credentials for the server's from now on; see `check_thread`.
 
     Raises:
-      ConfigurationError: it is somebody else than the process.
+      ConfigurationError: they are not those of the process.
     """
     global _server  # noqa: PLW0603 - a process is one server
     who, main = _who(), _main_thread()
@@ -235,13 +236,13 @@ def remember_server() -> None:
 
 
 def check_thread() -> None:
-    """See that the calling thread is the server, or end the process: in a few microseconds, if it is.
+    """See that the calling thread has the server's credentials, or abort the process. Takes a few microseconds.
 
-    A process that has changed as a whole, by `os.setuid` or in a child of `os.fork`, is the server still.
+    A process that has changed its credentials as a whole, by `os.setuid` or in a child of `os.fork`, is the server still.
     """
     global _server  # noqa: PLW0603 - the same
     ids = _native()
-    line = b"triosspi: a worker thread of which nobody knows who it is; aborting\n"
+    line = b"triosspi: a worker thread whose credentials cannot be read; aborting\n"
     with suppress(Exception):
         who = _who()
         if who == _server:
@@ -262,7 +263,7 @@ def _describe(who: _Who | None) -> str:
 
 
 def run_as(account: LocalAccount, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-    """Call a function as a local account. On a thread that nobody else uses, which is the account meanwhile.
+    """Call a function as a local account, on the calling thread, which must be used by nothing else.
 
     Raises:
       ImpersonationError: the thread could not become the account; the function was not called.
@@ -298,7 +299,7 @@ def _set(wanted: Identity) -> None:
 
 
 def _become(account: LocalAccount, before: Identity) -> None:
-    # To root only by root: whoever has no root id loses every capability when he leaves root's again.
+    # Only a server with a root id may become root: leaving root again would take every capability from any other.
     root = 0 in before.user_ids
     if account.uid == 0 and not root:
         raise ImpersonationError("only a server started by root may become root")
@@ -308,9 +309,9 @@ def _become(account: LocalAccount, before: Identity) -> None:
         user_ids=(account.uid, account.uid, 0 if root else before.user_ids[1]),
         group_ids=(account.gid, account.gid, before.group_ids[1]),
         filesystem_ids=(account.uid, account.gid),
-        # In the kernel's order, as it will tell them.
+        # In the order in which the kernel returns them.
         groups=tuple(sorted(account.groups)),
-        # What is inheritable without being permitted could not be taken back, and gives nobody anything.
+        # An inheritable capability that is not permitted could not be set again later, and has no effect.
         capabilities=(effective if account.uid == 0 else 0, permitted, inheritable & ~permitted),
         ambient=0,
     )
@@ -343,9 +344,9 @@ def _restore(before: Identity) -> str:
     if thread_identity() == before:
         # Not even the first call was allowed; then none here would be, and there is nothing to undo.
         return ""
-    # Permitted they still are. Without them there is neither CAP_SETGID nor CAP_SETUID.
+    # They are still permitted. They come first, since the calls below need CAP_SETGID and CAP_SETUID.
     ids.set_capabilities(*before.capabilities)
-    # To become root again is to get all of the permitted ones, so they are set again.
+    # Becoming root again makes all permitted capabilities effective, so `_set` sets them once more.
     _set(before)
     if before.ambient:
         ids.raise_ambient(before.ambient)

@@ -1,14 +1,14 @@
-"""A thread for one function, in which nobody has been before and nobody will be after."""
+"""A new thread for one function, which ends with it."""
 
-# That a thread has its ids and capabilities back is proven each time, and is not all that a thread is. A function may leave
-# in it what has no way back at all (a filter of system calls, Landlock's rules, no_new_privs), and much that nobody thinks
-# of: its nice value, signal mask, keyrings and namespaces, the `threading.local` of every library that it has used. None of
-# that may meet the next function, who is another peer's, and still less the server's own work, which is where a thread of
-# Trio's cache goes next. So each function has a thread that ends with it.
+# That a thread has its ids and capabilities back is verified each time, but they are not all of a thread's state. A function
+# may leave behind what cannot be undone (a filter of system calls, Landlock's rules, no_new_privs), and much else: a nice
+# value, a signal mask, keyrings, namespaces, the `threading.local` of every library that it has used. None of that may reach
+# the next function, which runs for another peer, nor the server's own work, which is what a thread of Trio's cache would do
+# next. So each function has a thread that ends with it.
 #
-# It is started by one of Trio's worker threads, which waits for its end, and not by the event loop: so there are Trio's own
-# limits, cancellation and `from_thread`, which all go by the worker. The last of these finds the waiting task by a variable
-# of the worker's, Trio's private one. It is handed over whole, without looking at what is in it.
+# The thread is started by one of Trio's worker threads, which waits for its end, and not by the event loop: so Trio's own
+# limiters, cancellation and `from_thread` work, which all go through the worker. `from_thread` finds the waiting task by a
+# thread-local variable of the worker, private to Trio. It is copied whole, without looking at its contents.
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class _Errand(threading.Thread, Generic[T]):
 
     def run(self) -> None:
         context, function, args = self._call
-        # Arguments, and what stands in the way of an exception, are let go of where they were made: in the worker.
+        # Arguments, and frames of an exception, are released in the worker thread, where they were made.
         vars(PARENT_TASK_DATA).update(self._task)
         try:
             self._result = context.run(function, *args)
-        except BaseException as exc:  # noqa: BLE001 - whatever it is, it is the caller's
+        except BaseException as exc:  # noqa: BLE001 - it is raised in the caller
             self._error = exc
 
     def outcome(self) -> T:
@@ -51,7 +51,7 @@ class _Errand(threading.Thread, Generic[T]):
         try:
             raise error
         finally:
-            # It knows this frame, and that of `run`: what knew it from there would keep it until the garbage collector comes.
+            # Its traceback refers to this frame: a variable here that referred to it would be a cycle.
             del error
 
 
@@ -68,6 +68,6 @@ def call(function: Callable[..., T], *args: Any) -> T:
         errand.start()
     except RuntimeError as exc:
         raise ImpersonationError(f"there is no thread for it: {exc}") from None
-    # Not for the function's end only: what ends with the thread ends before anybody hears of it.
+    # Until the thread's end, not only the function's: whatever ends with the thread has ended when the caller goes on.
     errand.join()
     return errand.outcome()

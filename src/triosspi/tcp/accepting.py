@@ -1,9 +1,9 @@
-"""Accepting connections: whatever accept(2) says of single ones, and whom it says that they come from."""
+"""Accepting connections: the errors of accept(2) that concern single ones, and the addresses that they come from."""
 
-# A peer may reset its connection before anybody has looked at it, as load balancers' health checks do. From then on
-# getpeername(2) knows of no peer, while accept(2) is told the address in any case. Whoever asked later would have a connection
-# from nowhere: no cap and no penalty would know its source, and a proxy would be taken for a client, its header for the
-# beginning of a login. So what accept(2) has said is kept, and asked for once.
+# A peer may reset its connection before it is accepted, as load balancers' health checks do. From then on getpeername(2)
+# fails, while accept(2) returns the address in any case. With getpeername alone such a connection would come from nowhere: no
+# cap and no penalty would know its source, and a proxy would be taken for a client, its header for the beginning of a
+# login. So the address that accept(2) returned is kept, and asked for once.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ResourceT = TypeVar("ResourceT", bound=trio.abc.AsyncResource)
 # The machine is out of something, and may have it again soon.
 _CAPACITY_ERRNOS: Final = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _CAPACITY_PAUSE: Final = 0.1
-# Whose limit it is, where the system's own words do not tell.
+# Which limit was reached, where the system's message does not tell.
 _LIMITS: Final = {
     errno.EMFILE: ", this process's limit (ulimit -n, LimitNOFILE=)",
     errno.ENFILE: ", the machine's limit (fs.file-max)",
@@ -83,8 +83,8 @@ async def accept_forever(
             except OSError as exc:
                 failed(exc)
                 if exc.errno in _CAPACITY_ERRNOS:
-                    # Whoever waits stays in the kernel's queue, and is served when somebody has left. A spare descriptor to
-                    # accept and turn them away with would make a failure of each moment of shortage.
+                    # Waiting connections stay in the kernel's queue, and are served when others have ended. A spare descriptor
+                    # to accept them with and close them would turn a moment of shortage into failures.
                     shortage.failed(exc)
                     await trio.sleep(_CAPACITY_PAUSE)
                 elif exc.errno in _CONNECTION_ERRNOS:
@@ -99,8 +99,8 @@ async def accept_forever(
 class Shortage:
     """Says that nothing can be accepted: at once, then now and then, and in the end that it is over.
 
-    It fails ten times a second, and whoever leaves gives the next one his descriptor: so it is over when it has not failed
-    for as long as lies between two lines.
+    It fails ten times a second, and each connection that ends frees a descriptor for the next one: so it is over when
+    it has not failed for as long as lies between two lines.
 
     Args:
       logger: where to say so.
@@ -129,7 +129,7 @@ class Shortage:
     def succeeded(self) -> None:
         """Something was accepted."""
         if self._count and trio.current_time() - self._last >= SHORTAGE_INTERVAL:
-            # A warning like the beginning: whoever reads of that must read of its end.
+            # A warning, as the beginning is at least: an operator who filters by level must see the end, too.
             lasted = self._last - self._since
             self._log.warning("accepting again: it had failed %d times in %.0f s", self._count, lasted)
             self._count = self._untold = 0
@@ -173,8 +173,8 @@ def peername(stream: Any) -> Any:
     """Where a connection comes from, as sockets have it. To be asked once: it is not kept any longer.
 
     Returns:
-      What accept(2) said; of a stream that was accepted elsewhere, what the kernel says now. None where nobody
-      knows: the peer is gone.
+      What accept(2) said; of a stream that was accepted elsewhere, what the kernel says now. None where the peer
+      is gone.
     """
     try:
         return _PEERS.pop(stream)

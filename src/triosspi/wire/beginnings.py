@@ -1,13 +1,13 @@
-"""What a connection begins with that is no handshake of ours: told apart early, and called by its name."""
+"""Connections that begin with another protocol: recognised early, and named for the operator."""
 
-# A handshake token comes behind its length, so to a reader of lengths everything is the beginning of some token. What another
-# protocol says first mostly makes a length beyond all bounds, but not always: .NET's NegotiateStream begins with a small
-# one (16 01 00 00: 278 bytes), and would be waited for until the deadline, by both sides. So the first bytes of the first token
-# are looked at as soon as they come: all that can be there are NTLM's signature, or the tag and length of SPNEGO or Kerberos,
-# and that length must agree with the one in front of it. A token that passes here may still be anything; one that
-# does not cannot become a token any more, whatever follows.
+# A handshake token comes behind its length, so a reader of lengths takes any bytes for the beginning of a token. The first
+# bytes of most other protocols make a length beyond the limit, but not all: .NET's NegotiateStream begins with what reads as a
+# small one (16 01 00 00: 278 bytes), and both sides would wait until the deadline. So the first bytes of the first token are
+# looked at as soon as they come: only NTLM's signature can be there, or the tag and length of SPNEGO or Kerberos, and
+# that length must agree with the one in front of it. A token that passes here may still be anything; one that does not
+# pass cannot become a token, whatever follows.
 #
-# Who hears of it is an operator who has connected the wrong things with each other, so the name of what it was matters most.
+# The reader of the error is an operator who has connected two things that do not fit, so the name of the protocol matters.
 
 from __future__ import annotations
 

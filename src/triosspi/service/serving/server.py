@@ -1,11 +1,11 @@
 """A server's life: accepting, watching, reloading, stopping."""
 
-# Stopping is the delicate part. A client must never be left without a word: it gets its reply, or a goodbye, after which it
-# knows that its request was not looked at and may be sent elsewhere. So on SIGTERM:
+# Stopping is the delicate part. Each client gets either its reply or a goodbye, from which it knows that its request was
+# not looked at and may be sent elsewhere. So on SIGTERM:
 #
-# * the listening sockets are closed; where another process holds them too (systemd, the supervisor, a successor), what is
-#   queued on them goes there; where none does, which a worker is told by its supervisor, it is accepted before;
-# * who is logging in goes on doing so, and hears the goodbye right after;
+# * the listening sockets are closed. Where another process holds them too (systemd, the supervisor, a successor), it gets
+#   what is queued on them; where none does, which a worker is told by its supervisor, the queue is accepted before;
+# * logins under way go on, and are followed by the goodbye;
 # * no handler receives any more: those that wait for a request end at once, those that work on one answer it first
 #   (`SSPIChannel.stop_receiving`). Then each channel is closed as always: goodbye, FIN, and the peer's last bytes read, or
 #   the kernel would send RST and destroy the reply;
@@ -47,7 +47,7 @@ from .sessions import Sessions
 
 log = logging.getLogger("triosspi.server")
 
-#: Seconds between two turns of the event loop that are measured and shown to whoever watches this process.
+#: Seconds between two measurements of how late the event loop runs, which are also this process's heartbeat.
 BEAT: Final = 1.0
 
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -113,7 +113,7 @@ class Server:
         self._reading = None if reload is None else Reading(reload)
         self._link = link
         self._stopping = self._retired = False
-        # Of the first connection, where there is to be one only: None until it has come.
+        # With `once`: whether the first connection's login has succeeded; None until it has come.
         self._served: bool | None = None
         self._accepting = trio.CancelScope()
         live = loaded.live
@@ -176,7 +176,7 @@ class Server:
             async with trio.open_nursery() as nursery:
                 for listener in self._listeners:
                     nursery.start_soon(self._accept_from, listener, serve)
-                # Only now: whoever learns of it may send a signal at once.
+                # Only now: a service manager that learns of it may send a signal at once.
                 self._telemetry.ready(True)
                 self._notifier.ready()
                 if self._link is not None:
@@ -191,7 +191,7 @@ class Server:
         try:
             await accept_forever(listener, self._connections, serve, self._telemetry.accept_error)
         except trio.ClosedResourceError:
-            # By `stop`, in the very moment in which it was to accept.
+            # By `stop`, just before it was to accept.
             if not (self._stopping or self._retired):
                 raise
 
@@ -218,7 +218,7 @@ class Server:
         return self._service.admission.pending + self._service.admission.established
 
     def _watched_files(self) -> tuple[Path, ...]:
-        # With a supervisor it is that one who watches, or each worker would have a configuration of its own.
+        # With a supervisor, the supervisor watches; else each worker might read a different configuration.
         return self._loaded.files if self._link is None else ()
 
     def _may_pass(self) -> bool:
@@ -309,7 +309,7 @@ class Server:
         shutting_down().set()
         self._telemetry.ready(False)
         self._notifier.stopping()
-        # While they are open: who starts next finds either a socket that answers, or none.
+        # While they are open: a server that starts next finds either a socket that answers, or none.
         remove_socket_files(self._listeners)
         self._service.stop()
         self._accepting.cancel()
@@ -324,14 +324,14 @@ class Server:
         self._sole = True
 
     def _close_listeners(self) -> None:
-        # The kernel resets what is queued on a listening socket when its last descriptor is closed, and whoever is there
-        # has a connection, and has sent his first token.
+        # The kernel resets what is queued on a listening socket when its last descriptor is closed. To those clients the
+        # connection is open, and their first token sent.
         for listener in self._listeners:
             if isinstance(listener, (trio.SocketListener, BalancedListener)):
                 if self._sole:
                     for stream in queued(listener):
                         self._connections.start_soon(self._service.serve, stream)
-                # Now, and not when the task that accepts gets its turn: whoever comes in between would be reset.
+                # Now, and not when the task that accepts gets its turn: connections that come in between would be reset.
                 (listener if isinstance(listener, BalancedListener) else listener.socket).close()
 
     async def _cancel_after_grace(self) -> None:
