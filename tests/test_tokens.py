@@ -1,4 +1,4 @@
-"""SPNEGO's tokens, against those that were written by hand; what the acceptor makes of them: ``test_spnego_acceptor.py``."""
+"""SPNEGO's tokens, against ones written by hand; what the acceptor makes of them: ``test_spnego_acceptor.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What proves an AUTHENTICATE message: without a MIC, the proof alone. With one, and by other peers: ``test_security_rows.py``."""
+"""What proves an AUTHENTICATE message without a MIC: the proof alone. With one: ``test_security_rows.py``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Mechanism(Protocol):
 
     @property
     def name(self) -> str | None:
-        """``"ntlm"`` or ``"kerberos"``; None where the system has not said yet."""
+        """``"ntlm"`` or ``"kerberos"``; None where the system chooses."""
         ...  # pragma: no cover
 
     @property

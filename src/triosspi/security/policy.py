@@ -158,7 +158,7 @@ def _system_peer(inner: SystemContext, demanded: ContextFlag) -> PeerIdentity:
         domain, _, name = principal.partition("\\")
     else:
         name, _, domain = principal.rpartition("@")
-    return _peer(inner.name or "unknown", inner.flags, principal, domain, name)
+    return _peer(inner.negotiated, inner.flags, principal, domain, name)
 
 
 def check_initiator(handshake: Handshake, demanded: ContextFlag, *, allow_rc4: bool = False) -> PeerIdentity:
@@ -187,4 +187,4 @@ def check_initiator(handshake: Handshake, demanded: ContextFlag, *, allow_rc4: b
         if (enctype := inner.enctype) is not None:
             check_enctype(enctype, allow_rc4)
     assert isinstance(inner, ProxyContext)
-    return _peer(inner.name or "unknown", inner.flags, inner.target, "", inner.target)
+    return _peer(inner.negotiated, inner.flags, inner.target, "", inner.target)

@@ -29,6 +29,11 @@ class ProxyContext:
         return int(self._proxy.context_attr)
 
     @property
+    def negotiated(self) -> str:
+        """The mechanism, as pyspnego or the system tells it once it is `complete`."""
+        return self._proxy.negotiated_protocol or "unknown"
+
+    @property
     def target(self) -> str:
         """The SPN that an initiator has asked for."""
         return str(self._proxy.spn or "")
@@ -63,10 +68,7 @@ class _ByPyspnego(ProxyContext, WithoutSPNEGO):
 class SystemContext(_ByPyspnego):
     """The system's own SSPI, with or without its Negotiate: on Windows, either side's."""
 
-    @property
-    def name(self) -> str | None:
-        """See `Mechanism.name`."""
-        return (self._proxy.negotiated_protocol or "unknown") if self.complete else None
+    name: Final = None
 
     @property
     def client(self) -> str | None:

@@ -10,8 +10,8 @@ The first two may begin with ``kerberos:`` or ``ntlm:``, and are then about that
 """
 
 # What looks like a Kerberos principal need not be one: an NTLM account may be called "admin@REALM" (account files are
-# made of all kinds of lists), and its owner may log in by NTLM under the very text by which an operator lets the realm's
-# administrator in. So a rule means one thing where it gives something and another where it takes something:
+# made of all kinds of lists), and its owner may log in by NTLM under the very text by which an operator lets the
+# realm's administrator in. So a rule means one thing where it gives something and another where it takes something:
 #
 # * To let in, or to say whose local account a client gets, it is read narrowly: what has the form of a Kerberos
 #   principal is about Kerberos, unless it says ``ntlm:``.
