@@ -11,22 +11,29 @@ import pytest
 import trio
 import trio.testing
 
-from triosspi.service.workers.balance import MOMENT, MOMENTS, PAUSE, BalancedListener, Loads, OwnLoad
+from triosspi.service.admission.tables import Tables
+from triosspi.service.workers.balance import MOMENT, MOMENTS, PAUSE, BalancedListener, OwnLoad
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 
 
 @pytest.fixture
-def loads() -> Iterator[Loads]:
-    loads = Loads.make(2)
-    yield loads
-    loads.close()
+def tables() -> Iterator[Tables]:
+    tables = Tables.make(0, 2)
+    yield tables
+    tables.close()
+
+
+@pytest.fixture
+def loads(tables: Tables) -> memoryview:
+    """Of two workers, of whom none is there: of each, how many connections it has, and one more."""
+    return tables.loads
 
 
 class Workers:
     """Some that accept from one socket, each with a number of connections."""
 
-    def __init__(self, loads: Loads, number: int = 2) -> None:
+    def __init__(self, loads: memoryview, number: int = 2) -> None:
         first = socket.create_server(("127.0.0.1", 0))
         self.address = first.getsockname()
         self.shares = [OwnLoad(loads, place) for place in range(1, number + 1)]
@@ -61,44 +68,43 @@ class Workers:
 # The loads
 
 
-def test_what_one_process_writes_the_other_reads(loads: Loads) -> None:
-    assert loads.get(1) is None
-    other = Loads(os.dup(loads.fileno()))
-    other.set(1, 7)
-    other.set(2, 0)
-    assert (loads.get(1), loads.get(2)) == (7, 0)
+def test_what_one_process_writes_the_other_reads(tables: Tables) -> None:
+    other = Tables.of(os.dup(tables.fileno()), None)
+    share = OwnLoad(tables.loads, 1)
+    share.count = lambda: 7
+    assert share.others_if_more() is None
+    OwnLoad(other.loads, 2).tell()
     other.close()
-    other.close()
-    assert loads.get(1) == 7
+    assert share.others_if_more() == [0]
 
 
-def test_who_has_more_than_another_is_told_so_and_an_empty_place_is_not_another(loads: Loads) -> None:
+def test_who_has_more_than_another_is_told_so_and_an_empty_place_is_not_another(loads: memoryview) -> None:
     share = OwnLoad(loads, 1)
     share.count = lambda: 5
     assert share.others_if_more() is None
-    loads.set(2, 5)
+    loads[1] = 1 + 5
     assert share.others_if_more() is None
-    loads.set(2, 4)
+    loads[1] = 1 + 4
     assert share.others_if_more() == [4]
     assert OwnLoad(loads, 2).others_if_more() is None
 
 
-def test_a_worker_that_does_not_say_how_many_it_has_counts_what_it_has_accepted(loads: Loads) -> None:
+def test_a_worker_that_does_not_say_how_many_it_has_counts_what_it_has_accepted(loads: memoryview) -> None:
     share = OwnLoad(loads, 1)
     share.tell()
-    assert loads.get(1) == 0
+    assert loads[0] == 1
     share.took_one()
     share.took_one()
     share.tell()
-    assert loads.get(1) == 2
+    assert loads[0] == 1 + 2
 
 
-def test_the_loads_are_inherited_by_nobody_who_is_not_given_them(loads: Loads) -> None:
-    assert not os.get_inheritable(loads.fileno())
-    fd = os.dup(loads.fileno())
-    os.set_inheritable(fd, True)
-    other = Loads(fd)
-    assert not os.get_inheritable(fd)
+def test_the_loads_are_inherited_by_nobody_who_is_not_given_them(tables: Tables) -> None:
+    assert not os.get_inheritable(tables.fileno())
+    fd = os.dup(tables.fileno())
+    other = Tables.of(fd, None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
     other.close()
 
 
@@ -106,7 +112,7 @@ def test_the_loads_are_inherited_by_nobody_who_is_not_given_them(loads: Loads) -
 
 
 async def test_clients_that_come_one_by_one_are_shared_evenly(
-    loads: Loads, autojump_clock: trio.testing.MockClock
+    loads: memoryview, autojump_clock: trio.testing.MockClock
 ) -> None:
     workers = Workers(loads)
     async with trio.open_nursery() as nursery:
@@ -129,7 +135,7 @@ async def test_clients_that_come_one_by_one_are_shared_evenly(
 
 
 async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
-    loads: Loads, autojump_clock: trio.testing.MockClock
+    loads: memoryview, autojump_clock: trio.testing.MockClock
 ) -> None:
     # He hangs: his number stands there, and he takes nothing.
     workers = Workers(loads)
@@ -141,14 +147,14 @@ async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
     with trio.move_on_after(PAUSE / 2):
         await workers.work(1)
     assert workers.accepted == [100, 0]
-    assert loads.get(1) == 105
+    assert loads[0] == 1 + 105
     # And when he has been waited for in vain, he is not waited for again at once.
     assert trio.current_time() - start < MOMENT + PAUSE
     await workers.close()
 
 
 async def test_one_that_comes_and_takes_is_given_time_but_not_for_ever(
-    loads: Loads, autojump_clock: trio.testing.MockClock
+    loads: memoryview, autojump_clock: trio.testing.MockClock
 ) -> None:
     workers = Workers(loads)
     workers.begin(1, 500)
@@ -175,7 +181,9 @@ async def test_one_that_comes_and_takes_is_given_time_but_not_for_ever(
     await workers.close()
 
 
-async def test_nobody_waits_for_a_place_that_is_empty(loads: Loads, autojump_clock: trio.testing.MockClock) -> None:
+async def test_nobody_waits_for_a_place_that_is_empty(
+    loads: memoryview, autojump_clock: trio.testing.MockClock
+) -> None:
     workers = Workers(loads)
     workers.begin(1, 5)
     await workers.connect()
@@ -185,7 +193,7 @@ async def test_nobody_waits_for_a_place_that_is_empty(loads: Loads, autojump_clo
     await workers.close()
 
 
-async def test_a_cancelled_accept_loses_nobody(loads: Loads, autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_cancelled_accept_loses_nobody(loads: memoryview, autojump_clock: trio.testing.MockClock) -> None:
     workers = Workers(loads)
     workers.begin(1, 5)
     workers.begin(2)
@@ -198,7 +206,7 @@ async def test_a_cancelled_accept_loses_nobody(loads: Loads, autojump_clock: tri
     await workers.close()
 
 
-async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_to_the_others(loads: Loads) -> None:
+async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_to_the_others(loads: memoryview) -> None:
     workers = Workers(loads)
     mine, other = workers.listeners
     async with trio.open_nursery() as nursery:
@@ -218,7 +226,7 @@ async def test_a_listener_that_is_closed_wakes_who_waits_and_leaves_the_socket_t
     await workers.close()
 
 
-async def test_an_accept_is_a_checkpoint(loads: Loads) -> None:
+async def test_an_accept_is_a_checkpoint(loads: memoryview) -> None:
     workers = Workers(loads)
     await workers.connect()
     with trio.testing.assert_checkpoints():

@@ -210,7 +210,7 @@ async def scene(
                 if isinstance(life, OSError):
                     raise life
                 given = Plan.take(os.dup(plan))
-                assert (*given.listeners, given.loads, given.tables[0]) == tuple(listeners)
+                assert (*given.listeners, given.tables[0]) == tuple(listeners)
                 assert given.listeners == (sock.fileno(),)
                 end = WorkerLink(
                     socket.socket(fileno=os.dup(link)), given.update, heartbeat=1.0, max_sessions=given.max_sessions

@@ -101,7 +101,6 @@ def test_a_plan_survives_its_way_and_is_nowhere_on_a_disk() -> None:
     plan = Plan(
         number=2,
         listeners=(5, 6),
-        loads=7,
         tables=(8, None),
         update=Update(generation=3, service=bytes(range(256))),
         max_sessions=7,

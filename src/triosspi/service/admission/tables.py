@@ -1,7 +1,7 @@
 """What the processes of one server know together: numbers in memory that all of them have mapped."""
 
-# Caps and penalties for a source hold for the server, and a source's next connection goes to whichever worker is free. As
-# `workers.balance` shares one number for each worker, this shares tables, and as there nobody waits for anybody: a lock
+# Caps and penalties for a source hold for the server, and a source's next connection goes to whichever worker is free. So
+# they share tables, and nobody waits for anybody: a lock
 # would be held by a process that was stopped in the middle (SIGSTOP, a debugger, a frozen container), and all others would
 # wait for it. What keeps that right:
 #
@@ -47,6 +47,13 @@ class Tables:
       memory: as `size` says; belongs to this from now on.
       column: the process's own, from 0; None: it counts for itself.
       fd: the file that the memory is of, if there is one.
+
+    Attributes:
+      known: cells for `KnownSources`.
+      penalties: cells for `Penalties`.
+      failures: the same, of accounts.
+      loads: how many connections each worker has, by its number; see `workers.balance`.
+      column: see above.
     """
 
     def __init__(self, memory: mmap.mmap, column: int | None, fd: int = -1) -> None:
@@ -59,13 +66,14 @@ class Tables:
         self.known, at = words[at : at + KNOWN], at + KNOWN
         self.penalties, at = words[at : at + PENALTIES], at + PENALTIES
         self.failures, at = words[at : at + FAILURES], at + FAILURES
-        columns = (len(words) - at) // COUNTS
+        columns, loads = divmod(len(words) - at, COUNTS)
         self._columns = [words[at + index * COUNTS : at + (index + 1) * COUNTS] for index in range(columns)]
+        self.loads = words[len(words) - loads :]
 
     @staticmethod
-    def size(columns: int) -> int:
+    def size(columns: int, workers: int = 0) -> int:
         """Bytes for so many processes; what is never written costs nothing."""
-        return _WORD * (_KEY_WORDS + KNOWN + PENALTIES + FAILURES + columns * COUNTS)
+        return _WORD * (_KEY_WORDS + KNOWN + PENALTIES + FAILURES + columns * COUNTS + workers)
 
     @classmethod
     def alone(cls) -> Tables:
@@ -75,15 +83,15 @@ class Tables:
         return cls(memory, None)
 
     @classmethod
-    def make(cls, columns: int) -> Tables:
-        """For so many processes, in a file that they can be given.
+    def make(cls, columns: int, workers: int = 0) -> Tables:
+        """For so many processes, of which so many accept at a time, in a file that they can be given.
 
         Raises:
           OSError: there is no memory.
         """
         fd = os.memfd_create("triosspi-tables")
         try:
-            os.ftruncate(fd, cls.size(columns))
+            os.ftruncate(fd, cls.size(columns, workers))
             os.pwrite(fd, secrets.token_bytes(_KEY_WORDS * _WORD), 0)
             return cls(mmap.mmap(fd, 0), None, fd)
         except BaseException:
@@ -109,7 +117,7 @@ class Tables:
     def close(self) -> None:
         """Forget it, in this process. May be called twice."""
         if not self._memory.closed:
-            for view in (self.known, self.penalties, self.failures, *self._columns, self._words):
+            for view in (self.known, self.penalties, self.failures, self.loads, *self._columns, self._words):
                 view.release()
             # It has a descriptor of its own.
             self._memory.close()

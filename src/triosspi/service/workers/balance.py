@@ -15,10 +15,7 @@
 from __future__ import annotations
 
 import math
-import mmap
-import os
 import socket
-import sys
 from collections.abc import Callable
 from typing import Final
 
@@ -32,98 +29,38 @@ MOMENT: Final = 0.001
 MOMENTS: Final = 10
 #: Seconds in which those are not waited for who have not used their moment.
 PAUSE: Final = 0.05
-_SIZE: Final = 8
-#: Nobody is at this place, or nobody who accepts.
-_NOBODY: Final = 2**64 - 1
-
-
-class Loads:
-    """How many connections each worker has.
-
-    Args:
-      fd: of a file that `make` has made; belongs to this from now on.
-    """
-
-    def __init__(self, fd: int) -> None:
-        os.set_inheritable(fd, False)
-        self._fd = fd
-        self._map = mmap.mmap(fd, 0)
-        # Eight bytes at their natural place are written in one piece.
-        self._numbers = memoryview(self._map).cast("Q")
-
-    @classmethod
-    def make(cls, places: int) -> Loads:
-        """A new one, with nobody on it.
-
-        Raises:
-          OSError: there is no memory.
-        """
-        fd = os.memfd_create("triosspi-loads")
-        try:
-            os.write(fd, _NOBODY.to_bytes(_SIZE, sys.byteorder) * places)
-            return cls(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def fileno(self) -> int:
-        """The file's descriptor."""
-        return self._fd
-
-    def get(self, place: int) -> int | None:
-        """How many connections the worker at a place has; None: there is nobody.
-
-        Args:
-          place: from 1.
-        """
-        number = self._numbers[place - 1]
-        return None if number == _NOBODY else number
-
-    def set(self, place: int, number: int | None) -> None:
-        """Say so."""
-        self._numbers[place - 1] = _NOBODY if number is None else number
-
-    def others(self, place: int) -> list[int]:
-        """The numbers of all but the worker at this place."""
-        return [n for index, n in enumerate(self._numbers, 1) if n != _NOBODY and index != place]
-
-    def close(self) -> None:
-        """Forget it, in this process. May be called twice."""
-        if not self._map.closed:
-            self._numbers.release()
-            self._map.close()
-            os.close(self._fd)
 
 
 class OwnLoad:
-    """A worker's own among the loads.
+    """How many connections a worker has, for the others to see.
 
     Args:
-      loads: of all.
-      place: the worker's number.
+      loads: of all, see `Tables`. Eight bytes at their natural place are written in one piece.
+      number: the worker's, from 1.
 
     Attributes:
       count: how many connections it has now; by default how many it has ever accepted.
     """
 
-    def __init__(self, loads: Loads, place: int) -> None:
+    def __init__(self, loads: memoryview, number: int) -> None:
         self._loads = loads
-        self._place = place
+        self._index = number - 1
         self._accepted = 0
         self.count: Callable[[], int] = lambda: self._accepted
 
     def tell(self) -> None:
         """Write the number down."""
-        self._loads.set(self._place, self.count())
+        # 0 is nobody, or nobody who accepts.
+        self._loads[self._index] = 1 + self.count()
 
     def took_one(self) -> None:
         """It has accepted a connection, which need not be counted yet."""
         self._accepted += 1
-        self._loads.set(self._place, self.count() + 1)
+        self._loads[self._index] = 1 + self.count() + 1
 
     def others_if_more(self) -> list[int] | None:
         """The others' numbers, if this worker has more than one of them."""
-        others = self._loads.others(self._place)
+        others = [load - 1 for index, load in enumerate(self._loads) if load and index != self._index]
         return others if others and min(others) < self.count() else None
 
 

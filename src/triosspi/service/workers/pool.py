@@ -24,7 +24,6 @@ import trio
 from ..._errors import ConfigurationError
 from ..admission.tables import Columns, Tables
 from ..reasons import described, reason
-from .balance import Loads
 from .processes import COMMAND, Process, Timing, Work, WorkerProcess, spawn
 from .worker_link import Plan
 
@@ -105,7 +104,6 @@ class WorkerPool:
     spawn: Spawn = SPAWN
     changed: Callable[[], object] = bool
     nursery: trio.Nursery = field(init=False)
-    _loads: Loads | None = None
     _tables: Tables | None = None
     _columns: Columns = field(init=False)
     _workers: set[WorkerProcess] = field(default_factory=set)
@@ -125,10 +123,9 @@ class WorkerPool:
         if not hasattr(os, "memfd_create"):
             raise ConfigurationError("several workers need Linux: start with one")
         try:
-            self._loads = Loads.make(self.number)
             # A worker that is replaced finishes beside its successor.
             columns = 2 * self.number
-            self._tables = Tables.make(columns)
+            self._tables = Tables.make(columns, self.number)
             self._columns = Columns(self._tables, columns)
         except OSError as exc:
             raise ConfigurationError(f"cannot start workers: {reason(exc)}") from None
@@ -141,8 +138,6 @@ class WorkerPool:
 
     def close(self) -> None:
         """Give up what they shared."""
-        if self._loads is not None:
-            self._loads.close()
         if self._tables is not None:
             self._tables.close()
 
@@ -196,14 +191,12 @@ class WorkerPool:
         tell(self.on_start)
         listeners = tuple(sock.fileno() for sock in self.sockets)
         work = self.work
-        assert self._loads is not None
         assert self._tables is not None
-        loads, tables = self._loads.fileno(), self._tables.fileno()
+        tables = self._tables.fileno()
         column = self._columns.take()
         plan = Plan(
             number=number,
             listeners=listeners,
-            loads=loads,
             update=work.update,
             tables=(tables, column),
             heartbeat=self.timing.heartbeat,
@@ -214,7 +207,7 @@ class WorkerPool:
             ours, theirs = socket.socketpair()
             try:
                 with theirs, plan.file() as file:
-                    process = await self.spawn(theirs.fileno(), file.fileno(), (*listeners, loads, tables))
+                    process = await self.spawn(theirs.fileno(), file.fileno(), (*listeners, tables))
             except BaseException:
                 ours.close()
                 raise
@@ -242,8 +235,8 @@ class WorkerPool:
             # By identity: the system may have given the number to the next already.
             self._workers.discard(worker)
             self._columns.give_back(column)
-            if self._loads is not None and not any(other.number == worker.number for other in self._workers):
-                self._loads.set(worker.number, None)
+            if self._tables is not None and not any(other.number == worker.number for other in self._workers):
+                self._tables.loads[worker.number - 1] = 0
             tell(self.on_end, worker.pid)
             self.changed()
 

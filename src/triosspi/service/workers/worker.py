@@ -19,7 +19,7 @@ import trio
 from ..._errors import ConfigurationError
 from ..admission.tables import Tables
 from ..program import unpickled
-from .balance import BalancedListener, Loads, OwnLoad
+from .balance import BalancedListener, OwnLoad
 from .worker_link import Plan, WorkerLink, take_descriptors
 
 log = logging.getLogger("triosspi.server")
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     link_fd, plan_fd = map(int, arguments)
     plan = Plan.take(plan_fd)
     (sock,) = take_descriptors([link_fd])
-    load = OwnLoad(Loads(plan.loads), plan.number)
+    tables = Tables.of(*plan.tables)
+    load = OwnLoad(tables.loads, plan.number)
     link = WorkerLink(
         sock,
         plan.update,
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         alarm=plan.alarm,
         load=load,
     )
-    link.tables = Tables.of(*plan.tables)
+    link.tables = tables
     # Until the server takes them, signals end the process, and that quietly.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(RuntimeError, OSError, ValueError):

@@ -140,7 +140,6 @@ class Plan(PassedOn, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Attributes:
       number: of the worker's place, from 1, for people.
       listeners: descriptors of the listening sockets, which all workers accept from.
-      loads: descriptor of the `Loads` on which they agree about it.
       tables: descriptor of the `Tables` that all workers share, and this one's column in them.
       update: what to serve, until there is another.
       heartbeat: seconds between two heartbeats.
@@ -150,7 +149,6 @@ class Plan(PassedOn, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     number: int
     listeners: tuple[int, ...]
-    loads: int
     tables: tuple[int, int | None]
     update: Update
     heartbeat: float = HEARTBEAT
