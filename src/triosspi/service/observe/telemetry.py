@@ -4,8 +4,8 @@
 # in, and why. So there is a record for each login, not for a sample of them, and the reason of a refusal is the true one,
 # which the client is never told. Texts in it come from the library, which quotes what a peer chose, or are the principal's.
 #
-# Whoever connects can make us write. A dropped connection costs him a packet or two, so those are only summed up. A refused
-# login costs him a handshake, and penalties slow down each source; but there are many sources, so beyond a rate that no
+# Whoever connects can make us write. A dropped connection costs them a packet or two, so those are only summed up. A refused
+# login costs them a handshake, and penalties slow down each source; but there are many sources, so beyond a rate that no
 # honest population reaches (100 a second for long, 1000 at once) refusals are summed up too. The numbers stay exact.
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ class Telemetry:
         self._health = health
         self._clock = clock
         self._audit = get_logger("triosspi.audit")
-        self._dropped = {cause: _Tally() for cause in DROP_CAUSES}
-        self._accept_errors = _Tally()
+        self._dropped = {cause: _Tally(functools.partial(self._tell_dropped, cause)) for cause in DROP_CAUSES}
+        self._accept_errors = _Tally(self._tell_accept_errors)
         self._accept_errno: str | None = None
-        self._refused = _Tally()
+        self._refused = _Tally(self._tell_refused)
         self._refusals_left = _REFUSALS_AT_ONCE
         self._refusals_at = clock()
 
@@ -162,21 +162,14 @@ class Telemetry:
     def dropped(self, cause: str, source: str) -> None:
         """A connection was closed before its login began; `cause` is one of `metrics.DROP_CAUSES`."""
         self._count(series.DROPPED, cause)
-        tally = self._dropped.get(cause)
-        if tally is None:
-            cause, tally = "other", self._dropped["other"]
-        tally.add(source)
-        if tally.next_at <= (now := self._clock()):
-            self._tell_dropped(cause, tally, now)
+        (self._dropped.get(cause) or self._dropped["other"]).add(source, self._clock())
 
     @_unfailing
     def accept_error(self, error: OSError) -> None:
         """accept(2) has failed; what it said."""
         self._count(series.ACCEPT_ERRORS)
-        self._accept_errors.add(error.strerror or str(error))
         self._accept_errno = errno.errorcode.get(error.errno or 0)
-        if self._accept_errors.next_at <= (now := self._clock()):
-            self._tell_accept_errors(now)
+        self._accept_errors.add(error.strerror or str(error), self._clock())
 
     @_unfailing
     def connections(self, pending: int, established: int) -> None:
@@ -205,9 +198,7 @@ class Telemetry:
         left = self._refusals_left + max(0.0, now - self._refusals_at) * _REFUSALS_PER_SECOND
         self._refusals_left, self._refusals_at = min(left, _REFUSALS_AT_ONCE), now
         if self._refusals_left < 1:
-            self._refused.add(source)
-            if self._refused.next_at <= now:
-                self._tell_refused(now)
+            self._refused.add(source, now)
             return
         self._refusals_left -= 1
         self._audit.warning(
@@ -312,32 +303,27 @@ class Telemetry:
     # Sums
 
     def _tell_sums(self, now: float, *, at_once: bool = False) -> None:
-        for cause, tally in self._dropped.items():
+        for tally in (*self._dropped.values(), self._accept_errors, self._refused):
             if tally.count and (at_once or tally.next_at <= now):
-                self._tell_dropped(cause, tally, now)
-        if self._accept_errors.count and (at_once or self._accept_errors.next_at <= now):
-            self._tell_accept_errors(now)
-        if self._refused.count and (at_once or self._refused.next_at <= now):
-            self._tell_refused(now)
+                tally.tell(now)
 
-    def _tell_dropped(self, cause: str, tally: _Tally, now: float) -> None:
+    def _tell_dropped(self, cause: str, tally: _Tally) -> None:
         # A load balancer's health checks would be a warning every few seconds for ever.
         tell = self._audit.info if cause == "nothing_said" else self._audit.warning
         tell("connections dropped", cause=cause, count=tally.count, last_source=tally.last)
-        tally.told(now)
 
-    def _tell_accept_errors(self, now: float) -> None:
-        tally = self._accept_errors
+    def _tell_accept_errors(self, tally: _Tally) -> None:
         self._audit.error("accept failed", cause=tally.last, errno=self._accept_errno, count=tally.count)
-        tally.told(now)
 
-    def _tell_refused(self, now: float) -> None:
-        self._audit.warning("more logins refused", count=self._refused.count, last_source=self._refused.last)
-        self._refused.told(now)
+    def _tell_refused(self, tally: _Tally) -> None:
+        self._audit.warning("more logins refused", count=tally.count, last_source=tally.last)
 
 
 class _Tally:
     """Counts what is told in sums.
+
+    Args:
+      say: tells it.
 
     Attributes:
       count: how many since they were told.
@@ -345,20 +331,24 @@ class _Tally:
       next_at: from when on they may be told.
     """
 
-    __slots__ = ("count", "last", "next_at")
+    __slots__ = ("_say", "count", "last", "next_at")
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[_Tally], None]) -> None:
+        self._say = say
         self.count = 0
         self.last = ""
         self.next_at = float("-inf")
 
-    def add(self, last: str) -> None:
-        """One more."""
+    def add(self, last: str, now: float) -> None:
+        """One more; told at once, if the last telling is long enough ago."""
         self.count += 1
         self.last = last
+        if self.next_at <= now:
+            self.tell(now)
 
-    def told(self, now: float) -> None:
-        """They were told."""
+    def tell(self, now: float) -> None:
+        """Tell how many there were."""
+        self._say(self)
         self.count = 0
         self.next_at = now + SUMMARY_INTERVAL
 
