@@ -115,7 +115,7 @@ async def _converse(
         async for reply in channel:
             options.show(reply)
         return
-    # Whoever types may take his time.
+    # People who type may take their time.
     deadline.deadline = math.inf
     async with aclosing(_messages(options)) as messages:
         async for message in messages:

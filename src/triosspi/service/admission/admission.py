@@ -1,4 +1,4 @@
-"""Who may connect, and who goes first: what an attacker can take from a server before he has shown who he is.
+"""Who may connect, and who goes first: what attackers can take from a server before they have shown who they are.
 
 Nothing here knows Trio or a socket, and the clock is given: the same calls give the same answers.
 """
@@ -10,12 +10,12 @@ Nothing here knows Trio or a socket, and the clock is given: the same calls give
 # answered at a time (`max_unauthenticated`, each with up to a token of 64 KiB in memory), and how many more wait, unread
 # (`max_waiting`). Whoever says nothing takes none of the former.
 #
-# Where there is no room, it is made: whoever has waited longest for nothing but his own next word is dropped, and the
+# Where there is no room, it is made: whoever has waited longest for nothing but their own next word is dropped, and the
 # newcomer comes in. A lottery among newcomers, as OpenSSH's MaxStartups, refuses honest ones as often as attackers, and
 # a hard limit only honest ones; but an honest client speaks within a round trip, and who sits there does not. Who has
 # said nothing goes first, then who waits unread, then who has sent a part of a token (one byte a second protects
 # nobody), then who owes an answer to our challenge. Nobody is dropped within `PATIENCE`, so that an honest client has
-# the time of its round trip even when attackers come back as fast as they are dropped; nor while he waits for us.
+# the time of its round trip even when attackers come back as fast as they are dropped; nor while they wait for us.
 #
 # Whoever is served gives up the place in a moment, if all are honest; then those who wait follow in the order in which
 # they came. Where a place is free only because somebody was dropped who sat on it, there are attackers, and those who
@@ -189,7 +189,7 @@ class Entry:
     def evict(self) -> None:
         """Drop it for another's sake."""
         if not self.favoured and self.stage is not Stage.QUEUED:
-            # Who was queued has said his, and it was we who did not listen.
+            # What was queued had sent something that this server has not read.
             self.failed("evicted")
         self._drop("evicted")
 

@@ -14,7 +14,7 @@
 #   goes unpunished. They outlive whoever wrote them.
 #
 # Each table has a fixed size, and a key has its place in one bucket of some cells, by a hash with a secret: who chooses
-# his addresses cannot choose whose cells they fall on. Where a bucket is full, the cell goes first that would be free
+# their addresses cannot choose whose cells they fall on. Where a bucket is full, the cell goes first that would be free
 # soonest; a count that finds no cell is its own process's only.
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class Limits(LiveSection, frozen=True, kw_only=True):
     penalty_exempt: Annotated[
         tuple[IPNetwork, ...], About("Who is never shut out.", kinds.NETWORK, unset="nobody")
     ] = ()
-    # A hundred, as NIST SP 800-63B has it. It locks nobody out of where he has logged in before.
+    # A hundred, as NIST SP 800-63B has it. It locks nobody out of where they have logged in before.
     max_failures_per_principal: Annotated[
         Count | None,
         About("After so many failures by NTLM in 10 min, look at an account's own addresses only.", none="off"),

@@ -322,7 +322,7 @@ class _Handler(logging.Handler):
         return True
 
     def _wait(self, fileno: int) -> None:
-        """Wait until a reader has made room; raises TimeoutError when he does not in time."""
+        """Wait until a reader has made room; raises TimeoutError when it does not in time."""
         poll = select.poll()
         poll.register(fileno, select.POLLOUT)
         before = time.monotonic()

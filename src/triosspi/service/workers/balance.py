@@ -4,13 +4,14 @@
 # there is work: who is busy comes late, so connections go where there is time for them, and none waits for a worker that
 # hangs. Where there is no work it is bad: the kernel wakes them in the same order always, so the same one always wins (of 1,000
 # clients that came one by one, one of two workers got 730 to 940); sessions that last for a day are still there when there
-# is work, and the caps on connections hold for each worker. Sockets of their own (SO_REUSEPORT) are dealt to evenly, by a hash; but whoever
-# was dealt to a worker that is busy, dead or hanging waits for that one, and logins per second are no more.
+# is work, and the caps on connections hold for each worker. With a socket for each (SO_REUSEPORT) the kernel deals
+# evenly, by a hash; but whoever was dealt to a worker that is busy, dead or hanging waits for that one, and logins per second are
+# no more.
 #
-# So workers share, and tell each other how many connections they have: a number each, in memory that all have mapped. Who
-# has more than another gives the others a moment for a new one; and another, as long as he sees that they come and take. Who
-# does not come is busy, and is not waited for again for a while. Nobody waits for a lock or for a dead one, and a
-# number that is wrong costs a client a few milliseconds.
+# So workers share one socket, and tell each other how many connections they have: a number each, in memory that all have mapped. A
+# worker that has more than another gives the others a moment for a new connection; and another moment, as long as they take
+# some. If they take none they are busy, and it does not wait for them again for a while. It waits for no lock and for no worker that
+# is dead, and a number that is wrong costs a client a few milliseconds.
 
 from __future__ import annotations
 
