@@ -64,7 +64,35 @@ def reset_connection(address: Any, said: bytes = b"") -> int:
         return port
 
 
+def has_ipv6() -> bool:
+    """Whether this machine has IPv6 at all: a container may have none."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ---- sessions, without any I/O ----
+
+
+def say(session: Session, token: bytes) -> bytes:
+    """Give a session its peer's token; returns its own, without the length in front."""
+    session.receive_data(frame(token))
+    received = session.next_token()
+    assert received is not None
+    return session.step(received)[4:]
 
 
 def step_through(client: Session, server: Session) -> None:
@@ -307,6 +335,12 @@ async def connected_channels(*args: Any, **options: Any) -> tuple[Channel, Chann
     client, server = make_channels(*args, **options)
     await shake_hands(client, server)
     return client, server
+
+
+async def echo(channel: Channel) -> None:
+    """Until the peer leaves: `EndOfChannel` ends it."""
+    while True:
+        await channel.send_many(await channel.receive_many())
 
 
 async def close_both(*channels: Channel) -> None:

@@ -36,6 +36,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", **more}
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, whichever of its threads did."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
+
+
 def run(
     *arguments: str | Path,
     program: Sequence[str] = MODULE,

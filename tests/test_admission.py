@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harness import Clock
 from triosspi.service.admission import penalties
 from triosspi.service.admission.admission import PATIENCE, Admission, Dropped, Entry
 from triosspi.service.admission.penalties import PenaltyPolicy
@@ -45,14 +46,6 @@ def penalised(admission: Admission) -> int:
     sources = admission.sources
     now = sources._clock() * penalties._PER_SECOND
     return sum(cell & penalties._END_MASK > now for cell in sources._tables.penalties)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

@@ -28,6 +28,7 @@ from forge import (
 )
 from harness import connected_channels, make_sessions, seal_from, tcp_channels
 from peers.kerberos import Kdc, LineContext
+from peers.kerberos.fixtures import join
 from peers.kerberos.kinds import MIT_RAW
 from peers.requirements import require
 from triosspi import (
@@ -283,9 +284,7 @@ def test_no_refused_initiator_leads_to_its_password(secrets: Secrets, options: d
 
 @pytest.fixture
 def kdc(mit_kdc: Kdc, monkeypatch: pytest.MonkeyPatch) -> Kdc:
-    for name, value in mit_kdc.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("KRB5CCNAME", raising=False)
+    join(mit_kdc, monkeypatch)
     return mit_kdc
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 
-from programs import MODULE, PATIENCE, run, running
+from programs import MODULE, PATIENCE, children, run, running
 from triosspi import Initiator, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
 from triosspi.service.config import system
@@ -130,8 +130,8 @@ def test_a_server_takes_the_limit_that_it_may_have_and_says_what_does_not_fit(
     arguments += ["--config", str(config), "--workers", str(workers)]
     with running(*arguments, program=limited(64, 400)) as server:
         server.expect_port()
-        for name in ("self", *children(server.process.pid)):
-            limits = Path("/proc", name.replace("self", str(server.process.pid)), "limits").read_text()
+        for pid in (server.process.pid, *children(server.process.pid)):
+            limits = Path(f"/proc/{pid}/limits").read_text()
             assert "Max open files            400                  400" in limits
         assert "does not fit" not in server.err
         config.write_text("[limits]\nmax_connections = 2000\n")
@@ -143,10 +143,6 @@ def test_a_server_takes_the_limit_that_it_may_have_and_says_what_does_not_fit(
         # Once, however many workers there are.
         assert server.err.count("max_connections = 2000 does not fit") == 1
         assert server.stop() == 0
-
-
-def children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_a_crowd_beyond_the_descriptors_makes_room_for_itself_and_whoever_is_there_can_log_in(accounts: Path) -> None:

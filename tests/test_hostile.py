@@ -15,6 +15,7 @@ import spnego._ntlm
 
 from forge import OID_NTLM, Client, hmac_md5, mech_list, neg_token_init, neg_token_resp, rc4, response_token
 from framing_oracle import FrameScanner as OracleScanner
+from harness import say
 from triosspi import Acceptor, Account, RemoteProtocolError, WireFormat
 from triosspi._framing import FrameScanner, LengthError
 from triosspi.security.ntlm.accounts import AccountTable
@@ -70,13 +71,6 @@ def fixed_challenge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spnego._ntlm.os, "urandom", lambda size: CHALLENGE[:size])
     time = spnego._ntlm.FileTime.now()
     monkeypatch.setattr(spnego._ntlm.FileTime, "now", staticmethod(lambda: time))
-
-
-def say(session: Session, token: bytes) -> bytes:
-    session.receive_data(struct.pack("<I", len(token)) + token)
-    received = session.next_token()
-    assert received is not None
-    return session.step(received)[4:]
 
 
 def outcome(session: Session, token: bytes) -> str:

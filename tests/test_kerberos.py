@@ -22,7 +22,9 @@ import trio
 import trio.testing
 
 from forge import OID_KERBEROS, OID_NTLM, Client, neg_token_init, neg_token_resp
+from harness import say
 from peers.kerberos import ENCTYPES, Kdc, Key, LineContext, read_keytab, write_keytab
+from peers.kerberos.fixtures import join
 from peers.kerberos.kinds import MIT_RAW, MIT_SPNEGO, KerberosPeerKind
 from peers.kerberos.realm import USUAL_FLAGS
 from peers.requirements import require
@@ -56,9 +58,7 @@ AES = {"aes128": 17, "aes256": 18, "aes128-sha2": 19, "aes256-sha2": 20}
 @pytest.fixture
 def kdc(mit_kdc: Kdc, monkeypatch: pytest.MonkeyPatch) -> Kdc:
     """The realm, with this process in it."""
-    for name, value in mit_kdc.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("KRB5CCNAME", raising=False)
+    join(mit_kdc, monkeypatch)
     return mit_kdc
 
 
@@ -76,13 +76,6 @@ def connect(kdc: Kdc) -> Iterator[Connect]:
 
 def acceptor(kdc: Kdc, service: str = "aes256", **options: Any) -> Acceptor:
     return Acceptor(**{"keytab": kdc.services[service].keytab, **options})
-
-
-def say(session: Session, token: bytes) -> bytes:
-    session.receive_data(struct.pack("<I", len(token)) + token)
-    received = session.next_token()
-    assert received is not None
-    return session.step(received)[4:]
 
 
 def log_in(session: Session, initiator: LineContext) -> Session:

@@ -22,7 +22,7 @@ import pytest
 import trio
 import trio.testing
 
-from harness import make_acceptor, reset_connection
+from harness import has_ipv6, make_acceptor, reset_connection
 from triosspi import ConfigurationError, SSPIListener
 from triosspi.service.config.settings import Listen
 from triosspi.service.network import listening
@@ -59,15 +59,6 @@ async def listening_on(settings: Any, environ: Any = None) -> Any:
         yield listeners
     finally:
         await close_listeners(listeners)
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")

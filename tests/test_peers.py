@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import trio
 
+from harness import echo
 from peers import NTLM_PEERS, Initiator, PeerError, PeerKind, wire
 from peers.fixtures import no_public_realms  # noqa: F401 - a fixture, used by being here
 from peers.gssapi_peer import GSS_NTLMSSP
@@ -103,11 +104,6 @@ async def greet(channel: Channel) -> None:
     assert channel.package_name == "NTLM"
     assert channel.sizes.security_trailer == 16
     await channel.send(MESSAGE)
-
-
-async def echo(channel: Channel) -> None:
-    while True:
-        await channel.send_many(await channel.receive_many())
 
 
 @asynccontextmanager

@@ -21,7 +21,7 @@ import pytest
 import trio
 import trio.testing
 
-from harness import PASSWORD, ScriptedStream, make_acceptor, make_initiator, random_pieces
+from harness import PASSWORD, ScriptedStream, has_ipv6, make_acceptor, make_initiator, random_pieces
 from peers.requirements import require
 from programs import running
 from triosspi import RemoteProtocolError, SSPIChannel, open_sspi_over_tcp_channel
@@ -516,15 +516,6 @@ def front_socket(kind: str, directory: Path) -> socket.socket:
         sock.bind(("::1" if kind == "ipv6" else "127.0.0.1", 0))
     sock.listen()
     return sock
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture

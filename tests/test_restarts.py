@@ -22,7 +22,7 @@ import triosspi
 from harness import make_initiator
 from peers import SSPI_RS_NTLM
 from peers.requirements import require
-from programs import PATIENCE, Running, environment
+from programs import PATIENCE, Running, children, environment
 from steady_load import APPLICATION, PASSWORD, Load
 from triosspi.service import account_editor
 
@@ -223,12 +223,6 @@ async def test_a_server_that_stops_under_load_refuses_who_comes_late_and_resets_
     lost = [failure for failure in load.failures if "all attempts to connect" not in failure.error]
     assert lost == []
     assert program.err == ""
-
-
-def children(pid: int) -> list[int]:
-    """The processes that it has started, whichever of its threads did."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
 
 
 # ---- several machines behind HAProxy ----

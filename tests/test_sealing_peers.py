@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import say
 from peers import NTLM_PEERS, PeerKind
 from peers.kerberos import Kdc, KerberosPeerKind
 from peers.kerberos.kinds import HEIMDAL_RAW, MIT_RAW, PYTHON_GSSAPI_RAW, SSPI_RS_KERBEROS_NEGOTIATE
@@ -42,13 +43,6 @@ def batches(rng: random.Random) -> Iterator[list[bytes]]:
             batch.append(rng.randbytes(rng.randint(1, longest)))
             left -= 1
         yield batch
-
-
-def say(session: Session, token: bytes) -> bytes:
-    session.receive_data(struct.pack("<I", len(token)) + token)
-    received = session.next_token()
-    assert received is not None
-    return session.step(received)[4:]
 
 
 def split(data: bytes) -> Sealed:

@@ -18,6 +18,7 @@ import trio
 import trio.testing
 from prometheus_client.parser import text_string_to_metric_families
 
+from harness import Clock
 from test_metrics import PROMTOOL
 from triosspi import ConfigurationError
 from triosspi.service.observe import status
@@ -26,16 +27,6 @@ from triosspi.service.observe.status import Health, StatusServer
 
 PATIENCE = 30.0
 LOCAL = ("127.0.0.1", 0)
-
-
-class Clock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Answer(NamedTuple):

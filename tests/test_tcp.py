@@ -29,6 +29,7 @@ from harness import (
     PlainCredential,
     RecordingStream,
     dword,
+    echo,
     frame,
     make_acceptor,
     make_initiator,
@@ -55,11 +56,6 @@ from triosspi import (
 from triosspi.tcp.accepting import SHORTAGE_INTERVAL, format_address, peer_address
 
 LOCALHOST = "127.0.0.1"
-
-
-async def echo(channel: Channel) -> None:
-    while True:
-        await channel.send_many(await channel.receive_many())
 
 
 async def greet(channel: Channel) -> None:

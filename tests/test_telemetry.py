@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness import Clock
 from triosspi.security.identity import PAC, ContextFlag, PeerIdentity, Traffic
 from triosspi.service.observe import logs, telemetry
 from triosspi.service.observe.metrics import DROP_CAUSES, SESSION_OUTCOMES, Metrics
@@ -41,16 +42,6 @@ BOB = PeerIdentity(
     delegated=True,
     pac=PAC(account="bob", domain="EXAMPLE", sid="S-1-5-21-1-2-3-1104", groups=frozenset({"S-1-5-21-1-2-3-513"})),
 )
-
-
-class Clock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Audit(logging.Handler):

@@ -19,7 +19,7 @@ import trio
 
 from forge import Client
 from harness import PASSWORD, make_initiator
-from programs import PATIENCE, Running, run, running
+from programs import PATIENCE, Running, children, run, running
 from triosspi import SSPIChannel, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
 
@@ -56,12 +56,6 @@ def serving(folder: Path, *options: str, env: dict[str, str] | None = None) -> I
         yield program
 
 
-def workers_of(pid: int) -> list[int]:
-    # A thread has started them.
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-
-
 async def log_in(port: int) -> SSPIChannel[trio.SocketStream]:
     channel = await open_sspi_over_tcp_channel("127.0.0.1", port, make_initiator())
     try:
@@ -93,7 +87,7 @@ async def ask_until(port: int, enough: Callable[[set[int]], bool]) -> set[int]:
 async def test_every_worker_serves_clients_on_the_one_port(folder: Path) -> None:
     with serving(folder) as program:
         port = program.expect_port()
-        pids = set(workers_of(program.process.pid))
+        pids = set(children(program.process.pid))
         assert len(pids) == 2
         assert await ask_until(port, lambda answered: len(answered) == 2) == pids
         assert program.stop() == 0
@@ -137,7 +131,7 @@ async def test_the_demo_account_is_one_for_all_workers(folder: Path) -> None:
                 async with await open_sspi_over_tcp_channel("127.0.0.1", port, initiator) as channel:
                     await channel.send(b"who")
                     answered.add(int(await channel.receive()))
-        for pid in workers_of(program.process.pid):
+        for pid in children(program.process.pid):
             proc = trio.Path(f"/proc/{pid}")
             for name in ("cmdline", "environ"):
                 assert password.encode() not in await (proc / name).read_bytes()
@@ -149,7 +143,7 @@ async def test_a_worker_that_dies_is_replaced_and_a_client_of_the_other_notices_
         async with await log_in(port) as stays:
             await stays.send(b"who")
             other = int(await stays.receive())
-            (victim,) = set(workers_of(program.process.pid)) - {other}
+            (victim,) = set(children(program.process.pid)) - {other}
             os.kill(victim, signal.SIGKILL)
             program.expect(rf"worker \d \(process {victim}\) has ended: killed by SIGKILL", "err")
             answered = await ask_until(port, lambda answered: len(answered) == 2)
@@ -162,7 +156,7 @@ async def test_a_worker_that_dies_is_replaced_and_a_client_of_the_other_notices_
 async def test_a_handler_that_stops_the_event_loop_costs_one_worker_which_says_where_it_was(folder: Path) -> None:
     with serving(folder, "--heartbeat-timeout", "4s") as program:
         port = program.expect_port()
-        before = set(workers_of(program.process.pid))
+        before = set(children(program.process.pid))
         async with await log_in(port) as channel:
             await channel.send(b"hang")
             with pytest.raises(trio.BrokenResourceError):
@@ -181,9 +175,9 @@ async def test_stopping_lets_sessions_finish_with_a_goodbye(folder: Path) -> Non
             channels = [await stack.enter_async_context(await log_in(port)) for _ in range(4)]
             for channel in channels:
                 await channel.send(b"who")
-                assert int(await channel.receive()) in workers_of(program.process.pid)
+                assert int(await channel.receive()) in children(program.process.pid)
             # systemd tells everybody.
-            for pid in (*workers_of(program.process.pid), program.process.pid):
+            for pid in (*children(program.process.pid), program.process.pid):
                 os.kill(pid, signal.SIGTERM)
             for channel in channels:
                 with pytest.raises(trio.EndOfChannel):
@@ -278,7 +272,7 @@ async def test_a_worker_that_is_replaced_serves_by_what_was_reloaded_last_and_no
         # Edited, and not reloaded; and then with a typo.
         for text in ('[accept]\ndeny = ["DOM\\\\alice"]\n', "[limits]\nmax_conections = 5\n", "x = " + "[" * 9999):
             config.write_text(text)
-            before = set(workers_of(program.process.pid))
+            before = set(children(program.process.pid))
             os.kill(min(before), signal.SIGKILL)
             answered = await ask_until(port, lambda answered, old=before: len(answered - old) == 1)  # type: ignore[misc]
             assert min(before) not in answered
@@ -355,7 +349,7 @@ async def test_metrics_never_stop_workers_from_serving(folder: Path, tmp_path: P
         if damage == "nowhere to make another":
             runtime.rmdir()
         for _ in range(2):
-            before = set(workers_of(program.process.pid))
+            before = set(children(program.process.pid))
             os.kill(min(before), signal.SIGKILL)
             answered = await ask_until(port, lambda answered, old=before: len(answered - old) == 1)  # type: ignore[misc]
             assert min(before) not in answered
