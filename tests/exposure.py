@@ -31,7 +31,10 @@ def shapes(secret: bytes) -> list[str]:
 
 
 def errors_of(exc: BaseException) -> Iterator[BaseException]:
-    """An exception and all that hangs on it: causes, contexts, the members of groups."""
+    """An exception and all that hangs on it: causes, contexts, the members of groups.
+
+    Not `_errors.without_frames`'s walk, though it looks like it: what that one overlooks has to be found here.
+    """
     seen: set[int] = set()
     left: list[BaseException | None] = [exc]
     while left:

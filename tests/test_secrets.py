@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import logging
 import struct
 import traceback
@@ -13,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+import exposure
 from forge import Client, nt_hash, response_token
 from triosspi import Acceptor, AccountFile, AuthenticationError, Initiator, SSPIChannel, WireFormat
 from triosspi.security.ntlm.messages import read_authenticate
@@ -26,14 +26,7 @@ SESSION_KEY = bytes(range(0x61, 0x71))
 
 def shapes(secret: bytes) -> list[str]:
     """How a secret may look in a text."""
-    return [
-        secret.decode("latin-1"),
-        secret.hex(),
-        secret.hex().upper(),
-        base64.b64encode(secret).decode().rstrip("="),
-        repr(secret)[2:-1],
-        repr(bytearray(secret))[12:-2],
-    ]
+    return [*exposure.shapes(secret), secret.decode("latin-1"), repr(bytearray(secret))[12:-2]]
 
 
 SECRETS = [

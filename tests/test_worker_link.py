@@ -133,6 +133,14 @@ def test_inherited_descriptors_are_not_inherited_again(sockets: tuple[socket.soc
 
 # What it tells
 
+# An error's text may have several lines, and anything in them.
+LENGTHY = "the accounts\n  are not there " + "x" * 10_000
+
+
+def is_one_bounded_line(text: str | None) -> bool:
+    """Whether this is what becomes of `LENGTHY`."""
+    return text is not None and text.startswith("the accounts are not there xxx") and len(text) == LONGEST_FAILURE
+
 
 async def test_heartbeats_come_from_the_event_loop_and_say_all_there_is(
     link: WorkerLink, supervisor: Supervisor, autojump_clock: trio.testing.MockClock
@@ -145,13 +153,11 @@ async def test_heartbeats_come_from_the_event_loop_and_say_all_there_is(
         await trio.sleep(3.5)
         assert supervisor.heard() == [Report(state=State.READY, sessions=1)] * 3
         link.reloaded(1)
-        link.reloaded(2, "the accounts\n  are not there " + "x" * 10_000)
+        link.reloaded(2, LENGTHY)
         told, refusal = supervisor.heard()
         assert told == Report(state=State.READY, sessions=1, generation=1)
         assert (refusal.generation, refusal.refused) == (1, 2)
-        assert refusal.refusal is not None
-        assert refusal.refusal.startswith("the accounts are not there xxx")
-        assert len(refusal.refusal) == LONGEST_FAILURE
+        assert is_one_bounded_line(refusal.refusal)
 
 
 async def test_the_session_with_which_it_is_outworn_is_told_at_once(link: WorkerLink, supervisor: Supervisor) -> None:
@@ -163,11 +169,9 @@ async def test_the_session_with_which_it_is_outworn_is_told_at_once(link: Worker
 
 
 def test_a_failure_is_one_bounded_line(link: WorkerLink, supervisor: Supervisor) -> None:
-    link.failed("the accounts\n  are not there " + "x" * 10_000)
+    link.failed(LENGTHY)
     (report,) = supervisor.heard()
-    assert report.failure is not None
-    assert report.failure.startswith("the accounts are not there xxx")
-    assert len(report.failure) == LONGEST_FAILURE
+    assert is_one_bounded_line(report.failure)
 
 
 async def test_once_draining_it_is_not_ready_again(link: WorkerLink, supervisor: Supervisor) -> None:
