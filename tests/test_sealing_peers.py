@@ -71,6 +71,7 @@ def exchange(
         assert open_(split(session.seal(batch))) == batch
 
 
+@pytest.mark.long("a hundred thousand messages")
 @pytest.mark.parametrize(
     ("peer", "kdc"),
     [
@@ -100,6 +101,7 @@ def test_kerberos_and_a_peer_exchange_100000_messages_each_way(kdc: Kdc, peer: K
         exchange(session, context.seal_many, context.open_many, seed=4121)
 
 
+@pytest.mark.long("a hundred thousand messages")
 @pytest.mark.parametrize("peer", [p for p in NTLM_PEERS if p.name.startswith(("sspi-rs", "gss-ntlmssp"))], ids=str)
 def test_ntlm_and_a_peer_exchange_100000_messages_each_way(peer: PeerKind, tmp_path: Path) -> None:
     require(peer)

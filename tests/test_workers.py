@@ -23,6 +23,9 @@ from programs import PATIENCE, Running, children, run, running
 from triosspi import SSPIChannel, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
 
+# What is left of a matrix, and what needs no hundreds of logins, is in `make test`.
+LONG = pytest.mark.long("workers are started again and again, each an interpreter")
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
 
 APP = """
@@ -94,7 +97,7 @@ async def test_every_worker_serves_clients_on_the_one_port(folder: Path) -> None
     assert "Traceback" not in program.err
 
 
-@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=LONG), 2, pytest.param(4, marks=LONG)])
 async def test_wrong_passwords_are_looked_at_as_often_with_any_number_of_workers(folder: Path, number: int) -> None:
     client = Client(password="not this one")
     hello = _framed(client.negotiate())
@@ -186,6 +189,7 @@ async def test_stopping_lets_sessions_finish_with_a_goodbye(folder: Path) -> Non
     assert "at once" not in program.err
 
 
+@LONG
 async def test_no_request_fails_while_workers_are_recycled(folder: Path) -> None:
     with serving(folder, "--max-sessions", "10") as program:
         port = program.expect_port()
@@ -204,6 +208,7 @@ async def test_no_request_fails_while_workers_are_recycled(folder: Path) -> None
     assert "SIGKILL" not in program.err
 
 
+@LONG
 async def test_who_is_logged_in_to_a_worker_that_is_replaced_may_finish_and_hears_a_goodbye_when_all_stop(
     folder: Path,
 ) -> None:
@@ -262,6 +267,7 @@ async def test_sighup_reaches_every_worker_and_a_broken_configuration_changes_no
         assert len(await ask_until(port, lambda answered: len(answered) == 2)) == 2
 
 
+@LONG
 async def test_a_worker_that_is_replaced_serves_by_what_was_reloaded_last_and_not_by_what_lies_on_the_disk(
     folder: Path,
 ) -> None:
@@ -330,7 +336,15 @@ async def test_a_reload_that_hangs_holds_up_neither_clients_nor_the_end(folder: 
     assert "Traceback" not in program.err
 
 
-@pytest.mark.parametrize("damage", ["removed", "replaced by a file", "full of nonsense", "nowhere to make another"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "removed",
+        pytest.param("replaced by a file", marks=LONG),
+        pytest.param("full of nonsense", marks=LONG),
+        pytest.param("nowhere to make another", marks=LONG),
+    ],
+)
 async def test_metrics_never_stop_workers_from_serving(folder: Path, tmp_path: Path, damage: str) -> None:
     runtime = tmp_path / "run"
     runtime.mkdir()
