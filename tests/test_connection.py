@@ -23,7 +23,7 @@ class Recorder(ConnectionServer[Channel]):
     """Writes down what is called. What stands in ``raising`` raises instead."""
 
     def __init__(self, handler: Callable[[Channel], Any], raising: str = "") -> None:
-        super().__init__(handler)
+        self.handler = handler
         self.events: list[Any] = []
         self.raising = raising
 

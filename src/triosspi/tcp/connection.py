@@ -145,15 +145,11 @@ class LiveSession:
 class ConnectionServer(Generic[ArrivedT]):
     """Serves connections, one call of `serve` each.
 
-    Args:
-      handler: the application.
-
     Attributes:
-      handler: see above.
+      handler: the application; a subclass sets it.
     """
 
-    def __init__(self, handler: Handler) -> None:
-        self.handler = handler
+    handler: Handler
 
     # The hooks
 

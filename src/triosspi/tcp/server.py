@@ -240,7 +240,7 @@ class CountingServer(ConnectionServer[TCPChannel]):
     """The library's server, which counts and logs."""
 
     def __init__(self, handler: Handler, handshake_timeout: float, counts: ServerStatistics) -> None:
-        super().__init__(handler)
+        self.handler = handler
         self.counts = counts
         self.tickets = Tickets()
         self._handshake_timeout = handshake_timeout

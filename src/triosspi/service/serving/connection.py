@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Literal, NoReturn, cast
 
@@ -34,6 +35,7 @@ class TooManySessions(AuthenticationError):
     """The peer has authenticated, and its principal has as many sessions as it may have. That is no failed login."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Service(ConnectionServer[trio.SocketStream]):
     """What all connections of a server share. A reload exchanges some of it; open channels keep what they were made with.
 
@@ -51,34 +53,19 @@ class Service(ConnectionServer[trio.SocketStream]):
       logged_in: called for each login.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        *,
-        acceptor: Acceptor,
-        options: ChannelOptions,
-        limits: Limits,
-        keepalive: float | None,
-        proxies: ProxyProtocol,
-        admission: Admission,
-        sessions: Sessions,
-        telemetry: Telemetry,
-        make_tracer: Callable[[], Tracer] | None = None,
-        logged_in: Callable[[], None] | None = None,
-    ) -> None:
-        super().__init__(handler)
-        self.acceptor = acceptor
-        self.options = options
-        self.limits = limits
-        self.keepalive = keepalive
-        self.proxies = proxies
-        self.admission = admission
-        self.sessions = sessions
-        self.telemetry = telemetry
-        self.make_tracer = make_tracer
-        self.logged_in = logged_in
-        self._deadlines: set[trio.CancelScope] = set()
-        self._somebody_waits = trio.Event()
+    handler: Handler
+    acceptor: Acceptor
+    options: ChannelOptions
+    limits: Limits
+    keepalive: float | None
+    proxies: ProxyProtocol
+    admission: Admission
+    sessions: Sessions
+    telemetry: Telemetry
+    make_tracer: Callable[[], Tracer] | None = None
+    logged_in: Callable[[], None] | None = None
+    _deadlines: set[trio.CancelScope] = field(default_factory=set)
+    _somebody_waits: trio.Event = field(default_factory=trio.Event)
 
     # What the life of a connection asks
 

@@ -119,7 +119,7 @@ class Server:
         live = loaded.live
         sessions = Sessions(lambda: self._service.limits, telemetry.traffic)
         self._service = Service(
-            handler,
+            handler=handler,
             acceptor=loaded.acceptor,
             options=ChannelOptions(
                 wire=WireFormat(start.serve.wire),
