@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ._errors import TicketExpiredError as TicketExpiredError
     from ._errors import TruncatedError as TruncatedError
     from ._errors import UnsealError as UnsealError
+    from .channel import ChannelOptions as ChannelOptions
     from .channel import Impersonator as Impersonator
     from .channel import RunBlocking as RunBlocking
     from .channel import SSPIChannel as SSPIChannel
@@ -64,6 +65,7 @@ _HOMES: Final = {
     "TicketExpiredError": "_errors",
     "TruncatedError": "_errors",
     "UnsealError": "_errors",
+    "ChannelOptions": "channel",
     "Impersonator": "channel",
     "RunBlocking": "channel",
     "SSPIChannel": "channel",
