@@ -1,4 +1,4 @@
-"""Listening sockets that were opened before: by systemd, or by the parent of a worker."""
+"""Listening sockets that systemd has opened."""
 
 from __future__ import annotations
 
@@ -39,20 +39,6 @@ def inherited_listeners(environ: MutableMapping[str, str]) -> list[trio.SocketLi
     # A name for each, or none: it is for people only.
     labels += [""] * (_number("LISTEN_FDS", count) - len(labels))
     return _adopt(enumerate(labels[: int(count)], _FIRST))
-
-
-def listeners_from_descriptors(descriptors: Iterable[int]) -> list[trio.SocketListener]:
-    """Make listeners of descriptors that a parent has passed on; they are this process's from now on.
-
-    Raises:
-      ConfigurationError: one of them cannot be listened with. Those that were taken already are closed.
-    """
-    return _adopt((fd, "") for fd in descriptors)
-
-
-def descriptors_of(listeners: Iterable[trio.SocketListener]) -> tuple[int, ...]:
-    """What a child must inherit (`subprocess.Popen`'s ``pass_fds``) for `listeners_from_descriptors`."""
-    return tuple(listener.socket.fileno() for listener in listeners)
 
 
 def _number(name: str, text: str) -> int:
