@@ -265,6 +265,7 @@ def test_the_domain_tells_the_sids_of_its_users_and_groups(samba_kdc: SambaKdc) 
     samba_kdc.sids["domain"] = domain
 
 
+@pytest.mark.long("a domain controller starts and ends")
 def test_processes_share_the_domain_and_the_last_ends_it(tmp_path: Path) -> None:
     require(SimpleNamespace(available=samba_available))
     join_it = "import sys; from peers.kerberos.samba import SambaKdc; kdc = SambaKdc(Path(sys.argv[1])); "

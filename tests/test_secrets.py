@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import trio.testing
 
 import exposure
 from forge import Client, nt_hash, response_token
+from harness import say
 from triosspi import Acceptor, AccountFile, AuthenticationError, Initiator, SSPIChannel, WireFormat
 from triosspi.security.ntlm.messages import read_authenticate
 from triosspi.security.ntlm.verification import NTLMPolicy, verify
@@ -44,11 +44,6 @@ SECRETS = [
 def assert_harmless(text: str) -> None:
     found = [secret for secret in SECRETS if secret in text]
     assert not found, text
-
-
-def say(session: Session, token: bytes) -> bytes:
-    session.receive_data(struct.pack("<I", len(token)) + token)
-    return session.step(session.next_token())[4:]
 
 
 @pytest.fixture

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import random
 
+from harness import Clock
 from triosspi.service.admission.sources import HOURS, KnownSources
 from triosspi.service.admission.tables import KNOWN, Tables
 
 HOUR = 3600.0
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_a_source_is_known_from_its_first_login_for_a_month_after_its_last() -> None:
