@@ -305,7 +305,8 @@ def test_the_images_health_check_tells_a_server_that_is_there_from_one_that_is_n
 
 def test_the_metrics_options_and_files_that_the_documentation_names_exist() -> None:
     pytest.importorskip("prometheus_client", reason="no prometheus-client")
-    from triosspi.service.observe.metrics import Metrics, WorkerMetrics
+    from triosspi.service.observe.metrics import Metrics
+    from triosspi.service.observe.worker_files import WorkerMetrics
 
     text = (ROOT / "docs" / "deployment.md").read_text()
     with WorkerMetrics() as of_workers:

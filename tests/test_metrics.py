@@ -24,9 +24,9 @@ from triosspi.service.observe import metrics as module
 from triosspi.service.observe.metrics import (
     SESSION_OUTCOMES,
     Metrics,
-    WorkerMetrics,
 )
 from triosspi.service.observe.telemetry import Telemetry
+from triosspi.service.observe.worker_files import WorkerMetrics
 from triosspi.service.serving import sessions
 
 PROMTOOL = shutil.which("promtool")

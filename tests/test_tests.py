@@ -25,6 +25,7 @@ ELSEWHERE: dict[str, tuple[list[str], str]] = {
         ["admission", "listening"],
         "who may connect, and where: the parts are judged by what comes of it",
     ),
+    "service/observe/worker_files": (["metrics"], "files are judged by the exposition that comes of them"),
     "service/reasons": (["client"], "a table of texts that the client shows"),
     "service/serving": (["server", "sessions"], "a server's life is that of its parts"),
 }

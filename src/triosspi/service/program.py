@@ -28,10 +28,11 @@ from .config.settings import Connections, Limits, Listen, LiveSettings, Settings
 from .network.listening import close_listeners, open_listeners, remove_socket_files
 from .network.unix_sockets import UNIX
 from .observe.logs import configure as configure_logs
-from .observe.metrics import Metrics, WorkerMetrics, worker_metrics
+from .observe.metrics import Metrics, worker_metrics
 from .observe.notify import Notifier
 from .observe.status import Health, StatusServer
 from .observe.telemetry import Telemetry
+from .observe.worker_files import WorkerMetrics
 from .reasons import only_configuration_errors
 from .serving.server import BEAT, Loaded, Server
 from .transcript import Transcript
