@@ -85,6 +85,19 @@ def test_imports_point_only_upwards(path):
 
 
 @by_file
+def test_a_room_is_entered_by_its_door(path):
+    """Of these rooms others import the `__init__` and nothing behind it. (`security` has several doors, see below.)"""
+    inside = {
+        module
+        for module in imported_modules(path)
+        if len(parts := module.split(".")) > 2
+        and parts[0] == "triosspi"
+        and parts[1] in {"wire", "session", "channel", "tcp"} - {room_of(path)}
+    }
+    assert not inside
+
+
+@by_file
 def test_only_the_rooms_at_the_bottom_know_trio_or_do_io(path):
     roots = {module.partition(".")[0] for module in imported_modules(path)}
     if room_of(path) not in KNOW_TRIO:

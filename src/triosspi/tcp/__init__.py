@@ -1,5 +1,6 @@
 """Channels over TCP: a client's one, a server's many."""
 
+from .accepting import CONNECTION_ERRNOS as CONNECTION_ERRNOS
 from .accepting import Shortage as Shortage
 from .accepting import accept_forever as accept_forever
 from .accepting import format_address as format_address

@@ -30,8 +30,8 @@ _LIMITS: Final = {
 }
 #: Seconds between two lines that say that nothing can be accepted.
 SHORTAGE_INTERVAL: Final = 10.0
-# accept(2) under Linux passes on what happened to a connection before it was accepted.
-_CONNECTION_ERRNOS: Final = {
+#: accept(2) under Linux passes on what happened to a connection before it was accepted.
+CONNECTION_ERRNOS: Final = {
     getattr(errno, name)
     for name in (
         "ECONNABORTED",
@@ -87,7 +87,7 @@ async def accept_forever(
                     # to accept them with and close them would turn a moment of shortage into failures.
                     shortage.failed(exc)
                     await trio.sleep(_CAPACITY_PAUSE)
-                elif exc.errno in _CONNECTION_ERRNOS:
+                elif exc.errno in CONNECTION_ERRNOS:
                     log.info("a connection was gone before it was accepted: %s", exc.strerror)
                 else:
                     raise
@@ -149,7 +149,7 @@ async def accept(listener: trio.abc.Listener[ResourceT]) -> ResourceT:
             if exc.errno in _CLOSED_ERRNOS:
                 raise trio.ClosedResourceError from None
             # The next one may be better, as Trio has it.
-            if exc.errno not in _CONNECTION_ERRNOS:
+            if exc.errno not in CONNECTION_ERRNOS:
                 raise
         else:
             return cast(ResourceT, remember(trio.SocketStream(sock), address))

@@ -23,8 +23,7 @@ from weakref import WeakKeyDictionary
 import trio
 
 from ..._errors import ConfigurationError, printable
-from ...tcp import format_address, peername, remember
-from ...tcp.accepting import _CONNECTION_ERRNOS
+from ...tcp import CONNECTION_ERRNOS, format_address, peername, remember
 from ..config.settings import Listen
 from ..reasons import reason
 from .addresses import IPAddress, format_peer, unmapped
@@ -107,7 +106,7 @@ def queued(listener: Any) -> Iterator[trio.SocketStream]:
                 # There are no more.
                 return
             except OSError as exc:
-                if exc.errno in _CONNECTION_ERRNOS:
+                if exc.errno in CONNECTION_ERRNOS:
                     # That one was gone before anybody had looked at it; the next may be there.
                     continue
                 log.warning("whoever is still queued cannot be accepted, and is reset: %s", reason(exc))
