@@ -36,7 +36,7 @@ help:
 	@echo 'make serve   set up what is missing, then serve on port 2000 (options: make serve ARGS="--port 0 -v")'
 	@echo 'make test    set up what is missing, then run the tests      (options: make test ARGS="-k framing")'
 	@echo 'make test-long  the tests that take long, which `make test` leaves out'
-	@echo 'make test-all  the same with every Python of PYTHONS="$(PYTHONS)" that is here'
+	@echo 'make test-all  both with every Python of PYTHONS="$(PYTHONS)" that is here'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   measure, beside others (options: make bench ARGS="--quick"; see bench/README.md)'
 	@echo 'make setup   only the set-up'
@@ -59,7 +59,8 @@ test-all:
 	    version=`$$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null` || { \
 	        echo "no $$python here: not tested" >&2; continue; }; \
 	    echo "== Python $$version"; \
-	    $(MAKE) --no-print-directory test PYTHON="$$python" VENV=".venvs/$$version" ARGS="$(ARGS)" || exit 1; \
+	    $(MAKE) --no-print-directory $(if $(ARGS),test,test test-long) PYTHON="$$python" VENV=".venvs/$$version" \
+	        ARGS="$(ARGS)" || exit 1; \
 	    ran="$$ran $$version"; \
 	done; \
 	[ -n "$$ran" ] || { echo "none of $(PYTHONS) is here" >&2; exit 1; }; \
