@@ -309,6 +309,19 @@ def test_every_command_has_a_help(call: Call, path: tuple[str, ...], command: cl
             assert parameter.opts[0] in outcome.out
 
 
+def test_commands_that_serve_nobody_do_not_wait_for_the_imports_of_what_serves(accounts: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *MODULE[1:], "accounts", "list", str(accounts)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in imported
+    assert not imported & {"spnego", "gssapi", "krb5", "cryptography", "trio", "prometheus_client"}
+
+
 def test_the_version_is_the_packages(call: Call) -> None:
     assert call("--version") == (0, f"triosspi, version {triosspi.__version__}\n", "")
 
@@ -317,7 +330,7 @@ def test_the_version_is_the_packages(call: Call) -> None:
 def test_the_version_tells_with_v_how_messages_are_sealed(
     call: Call, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
-    monkeypatch.setattr(cli, "sealing_is_native", lambda: {"ntlm": native, "kerberos": True})
+    monkeypatch.setattr("triosspi.security.native.available", lambda: {"ntlm": native, "kerberos": True})
     way = "natively" if native else "by pyspnego"
     version = f"triosspi, version {triosspi.__version__}"
     assert call("--version", "-v") == (0, f"{version}\nntlm: sealed {way}\nkerberos: sealed natively\n", "")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from .._errors import AuthenticationError, ConfigurationError, RemoteProtocolError
+from .._errors import AuthenticationError, ConfigurationError, RemoteProtocolError, SSPIError
 from ..channel import SSPIChannel
 from ..security.credentials import Initiator
 from ..tcp import format_address, is_ordinary_end, open_sspi_over_tcp_channel
@@ -17,7 +17,7 @@ from ..wire import WireFormat
 from .reasons import reason
 
 
-class ConnectError(Exception):
+class ConnectError(SSPIError):
     """It did not work; the text is what the user should read."""
 
 

@@ -1,4 +1,4 @@
-"""Why something could not be done, in few words for an operator."""
+"""Texts for operators: why something could not be done, in few words, and what others have said, safe to show."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def described(exc: BaseException) -> str:
         text = ""
     text = "".join(char if char.isprintable() else "?" for char in text[:_LONGEST])
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
+
+
+def harmless(text: str, keep: str = "") -> str:
+    """Text with everything escaped, except for ``keep``, that could command the terminal it is shown on."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def only_configuration_errors(what: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..channel import SSPIChannel
+from .reasons import harmless
 
 SEC_E_OK: Final = 0x00000000
 SEC_I_CONTINUE_NEEDED: Final = 0x00090312
@@ -21,11 +22,6 @@ def hex_dump(data: bytes) -> str:
         # From 64 KiB on the offset has five digits: the sample lets the line begin at column 6 all the same.
         lines.append(f"{start:04x}  "[:6] + f"{digits:<48} {text}")
     return "\n".join(lines)
-
-
-def harmless(text: str, keep: str = "") -> str:
-    """Text with everything escaped, except for ``keep``, that could command the terminal it is shown on."""
-    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 class Transcript:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
-from typing import NoReturn
+from collections import UserDict
+from typing import Any, Final, NoReturn
 
 try:
     import click
@@ -14,10 +16,27 @@ except ImportError as exc:  # pragma: no cover - needs an installation without t
 
 from ... import __version__
 from ..._errors import SSPIError
-from ...security.native import available as sealing_is_native
-from ..client import ConnectError
-from ..config.configuration import ConfigurationErrors
-from . import accounts, config, connect, serve
+
+
+class _Commands(UserDict[str, Any]):
+    """Each command, of which the module and the name are given, imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, attribute = self.data[name]
+        command: click.Command = getattr(importlib.import_module(f".{module}", __name__), attribute)
+        return command
+
+
+# `accounts` need not wait for the imports of what serves.
+_COMMANDS: Final = _Commands(
+    {
+        "accounts": ("accounts", "accounts"),
+        "check-config": ("config", "check_config"),
+        "config-example": ("config", "config_example"),
+        "connect": ("connect", "connect"),
+        "serve": ("serve", "serve"),
+    }
+)
 
 
 def main() -> NoReturn:
@@ -34,10 +53,9 @@ def main() -> NoReturn:
         _fail(exc.format_message())
     except click.Abort:
         _fail("aborted")
-    except ConfigurationErrors as exc:
-        _fail(*exc.lines)
-    except (SSPIError, ConnectError) as exc:
-        _fail(str(exc))
+    except SSPIError as exc:
+        # Several things may be wrong with a configuration: a line each.
+        _fail(*getattr(exc, "lines", (str(exc),)))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -48,7 +66,10 @@ def _fail(*texts: str, status: int = 1) -> NoReturn:
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"]}, no_args_is_help=False, invoke_without_command=True
+    commands=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=False,
+    invoke_without_command=True,
 )
 @click.option("--version", is_flag=True, help="Show the version and exit.")
 @click.option("-v", "--verbose", is_flag=True, help="With --version: how messages are sealed, too.")
@@ -67,12 +88,7 @@ def cli(context: click.Context, version: bool, verbose: bool) -> None:
 def _show_version(verbose: bool) -> None:
     click.echo(f"triosspi, version {__version__}")
     if verbose:
-        for mechanism, native in sealing_is_native().items():
+        from ...security.native import available  # noqa: PLC0415 - imports pyspnego
+
+        for mechanism, native in available().items():
             click.echo(f"{mechanism}: sealed {'natively' if native else 'by pyspnego'}")
-
-
-cli.add_command(serve.serve)
-cli.add_command(connect.connect)
-cli.add_command(accounts.accounts)
-cli.add_command(config.check_config)
-cli.add_command(config.config_example)

@@ -13,7 +13,7 @@ from ...security.credentials import Initiator
 from ...wire import WireFormat
 from ..client import ConnectOptions, parse_address, run_client
 from ..config.settings import DEFAULT_PORT
-from ..transcript import harmless
+from ..reasons import harmless
 from .common import MECHANISMS, WIRES, message_bytes
 from .passwords import (
     InputLines,

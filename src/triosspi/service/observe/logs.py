@@ -35,7 +35,7 @@ from structlog.stdlib import BoundLogger, ProcessorFormatter
 from structlog.typing import EventDict
 
 from ..._errors import ConfigurationError, printable
-from ..transcript import harmless
+from ..reasons import harmless
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 FORMATS: Final = ("auto", "console", "json")
