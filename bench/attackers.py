@@ -6,8 +6,8 @@ Reads commands from standard input, a line of JSON each: ``{"half_open": N, "say
 connections sit there, what each has said ("nothing", "a byte", "a token": the first message, and then nothing), and how many
 logins a second are tried; each is answered, once that is so, by a line of what was done since the last one. They come from
 many addresses of 127.0.0.0/8, as attackers do: penalties and caps go by the address. Of those that sit there each has one of
-its own; one that is thrown out comes back at once. A login is a NEGOTIATE, and on the challenge an AUTHENTICATE whose proof is wrong: made once and sent again and again, since whoever
-attacks spends as little as he can. Linux only.
+its own; one that is thrown out comes back at once. A login is a NEGOTIATE, and on the challenge an AUTHENTICATE whose proof is wrong: made once and sent again and again, since an
+attacker spends as little as possible. Linux only.
 """
 
 import argparse

@@ -13,8 +13,8 @@ ones sit for as long as they like.
 
 Then, newcomers: 20 a second on average, each from an address where nobody has logged in before, log in and have a message echoed
 by a server whose configuration is the default. Meanwhile 400 or 2,000 half-open connections sit there, each from an address of
-its own, and come back at once when they are thrown out; they have said nothing, one byte, or a first message. Counted is who
-has his echo within a second.
+its own, and come back at once when they are thrown out; they have said nothing, one byte, or a first message. Counted are those
+that have their echo within a second.
 """
 
 import heapq

@@ -11,7 +11,7 @@
 # Why it is compiled: the numbers of system calls differ between architectures, and on the old ones there are two of
 # each, of which the first takes ids of 16 bits and cuts. The C library's headers know.
 #
-# What a thread starts is who it is, for ever, so one that is somebody else for a moment must start none: they would be
+# A thread has the credentials of the thread that starts it, for ever, so an impersonating thread must start none: they would be
 # found later in pools that the whole process shares, and do the server's work as the peer. `confine` makes attempts
 # fail, by an audit hook. It is C's, not Python's, since it is asked at every event of every thread. It never goes away
 # again; threads that are not confined pass through it.

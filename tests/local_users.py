@@ -47,7 +47,7 @@ def remove_left_over() -> None:
     ]
     for command, name in names:
         found = re.fullmatch(r"tsspi(\d+)[abst]", name)
-        # A user's own group goes with him.
+        # A user's own group goes with the user.
         if found and not Path("/proc", found[1]).exists() and (command == "userdel" or name.endswith("t")):
             # Another test process may be doing the same.
             with suppress(AssertionError):
@@ -60,7 +60,7 @@ class Users:
 
     Attributes:
       alice: is in a group of her own and in `team`.
-      bob: is in a group of his own.
+      bob: is in a group of its own.
       service: what a server that is not root would run as.
       team: the number of a group.
       place: a directory that everybody may write to.

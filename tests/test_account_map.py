@@ -288,7 +288,7 @@ def test_an_account_is_looked_up_once_a_minute(
     clock.now += 0.2
     assert found.cached(alice) is None
     assert lookups == ["alice"]
-    # Who is refused is not remembered, and asked for again: he may have an account by now.
+    # A refusal is not remembered: the next look-up asks again, since there may be an account by then.
     refused(found, kerberos("carol@EXAMPLE.COM"))
     monkeypatch.setitem(UIDS, "carol", 2000)
     assert found.lookup(kerberos("carol@EXAMPLE.COM")).uid == 2000

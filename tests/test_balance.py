@@ -137,7 +137,7 @@ async def test_clients_that_come_one_by_one_are_shared_evenly(
 async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
     loads: memoryview, autojump_clock: trio.testing.MockClock
 ) -> None:
-    # He hangs: his number stands there, and he takes nothing.
+    # It hangs: its load stays as it is, and it accepts nothing.
     workers = Workers(loads)
     workers.begin(1, 5)
     workers.begin(2)
@@ -148,7 +148,7 @@ async def test_nobody_waits_longer_than_a_moment_for_one_that_does_not_come(
         await workers.work(1)
     assert workers.accepted == [100, 0]
     assert loads[0] == 1 + 105
-    # And when he has been waited for in vain, he is not waited for again at once.
+    # And when it has been waited for in vain, it is not waited for again at once.
     assert trio.current_time() - start < MOMENT + PAUSE
     await workers.close()
 

@@ -225,7 +225,7 @@ print(dumpable())
 
 
 def test_a_process_of_the_peers_may_not_touch_the_thread_but_by_signals(users: Users, account_map: Path) -> None:
-    """What the documentation says of the price: a real id of the peer's admits his signals, and nothing else."""
+    """What the documentation says of the price: a real id of the peer's admits signals of the peer's processes, and nothing else."""
     program = """
 import threading
 impersonation = Impersonation(AccountMap(path))

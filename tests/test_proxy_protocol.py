@@ -277,7 +277,7 @@ def test_what_is_no_header_is_refused_however_it_arrives(header: bytes) -> None:
 
 @pytest.mark.parametrize("first", [b"\x00", b"G", b"PROXY\r", b"\r\n\r\r", SIGNATURE[:11] + b"\r"])
 def test_who_begins_with_something_else_is_refused_at_the_first_wrong_byte(first: bytes) -> None:
-    # Who speaks another protocol may wait for an answer before he sends 15 bytes.
+    # A peer that speaks another protocol may wait for an answer before it sends 15 bytes.
     reader = HeaderReader()
     reader.receive_data(first[:-1])
     with pytest.raises(ProxyError, match="no PROXY header"):
@@ -570,7 +570,7 @@ async def test_haproxy_names_its_client_and_then_passes_on_every_byte(
     assert data == BEHIND
     assert header.version == (1 if options == "send-proxy" else 2)
     if family == "unix":
-        # HAProxy has no name for him: UNKNOWN in version 1.
+        # HAProxy has no name for this client: UNKNOWN in version 1.
         assert header.address is None
     else:
         assert (str(header.address), header.port) == mine[:2]

@@ -173,7 +173,7 @@ async def test_who_waits_in_the_queue_of_a_server_that_stops_is_not_left_without
     folder: Path, workers: str, stop: Callable[[list[int]], Awaitable[None]]
 ) -> None:
     # The kernel resets whatever is queued on a listening socket when its last descriptor is closed; who was there had a
-    # connection, had sent his first token, and was owed an answer.
+    # connection, had sent its first token, and was owed an answer.
     clients = 20
     told = []
     arguments = ["--host", "127.0.0.1", "--port", "0", "--log-level", "error", "--workers", workers]

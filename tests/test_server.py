@@ -594,7 +594,7 @@ async def test_a_reset_is_told_by_what_came_before_it_and_a_header_is_never_a_to
 
 
 async def test_who_cannot_be_told_from_a_proxy_is_dropped_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Where a system accepts who is gone, and knows no address of his any more.
+    # Where a system accepts a connection whose peer is gone, and no longer knows its address.
     monkeypatch.setattr(connection, "source_of", lambda stream: None)
     async with serving(listen=Listen(hosts=(LOCAL,), port=0)) as running:
         with pytest.raises(trio.BrokenResourceError):

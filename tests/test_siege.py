@@ -94,7 +94,7 @@ async def test_honest_clients_log_in_however_many_sit_there_and_whatever_those_h
         for _ in range(6):
             await echoes(running)
     assert running.told.outcomes() == ["goodbye"] * 6
-    # Who was not dropped has gone by himself.
+    # Those that were not dropped have gone by themselves.
     assert "evicted" in dropped(running) and "startups" not in dropped(running)
 
 

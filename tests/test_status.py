@@ -1,4 +1,4 @@
-"""The status port: answers when the event loop does not, and lets nobody who connects hold it up."""
+"""The status port: it answers when the event loop does not, and no client can hold it up."""
 
 from __future__ import annotations
 

@@ -597,7 +597,7 @@ async def test_a_shortage_that_lasts_is_told_now_and_then_with_a_count_and_so_is
         for _ in range(int(SHORTAGE_INTERVAL * 25)):
             server.listener.fail(OSError(errno.EMFILE, "Too many open files"))
         await trio.sleep(SHORTAGE_INTERVAL * 3)
-        # Somebody leaves, the next one has his descriptor: that is not the end.
+        # A connection ends, and the next one takes its descriptor: that is not the end of the shortage.
         await assert_still_serves(server)
         server.listener.fail(OSError(errno.EMFILE, "Too many open files"))
         await trio.sleep(SHORTAGE_INTERVAL)

@@ -203,7 +203,7 @@ async def test_a_worker_that_crashes_is_replaced_and_the_other_serves_on(stub: S
 
 
 async def test_who_waits_for_a_dead_worker_is_served_by_its_replacement(stub: Stub) -> None:
-    # With a socket of its own for each worker, nobody else could accept him.
+    # With a socket of its own for each worker, no other worker could accept it.
     stub.first = "hang"
     async with serving(stub, 1, timing=STRICT) as service:
         (hanging,) = service.pids()

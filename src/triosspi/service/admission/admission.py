@@ -258,7 +258,7 @@ class Admission:
         self._queues: dict[bool, Queue[Entry]] = {favoured: Queue() for favoured in (False, True)}
 
     def reconfigure(self, limits: Limits) -> None:
-        """Take other limits for who comes from now on; nobody who is there is sent away.
+        """Take other limits for connections from now on; none that is open is closed for them.
 
         Penalties stand, unless they are switched off: then they are forgotten.
         """

@@ -246,7 +246,7 @@ class Metrics(StartSection, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         Section.__post_init__(self)
         if self.metrics is not None and not self.metrics_anywhere and not _is_loopback(self.metrics[0]):
-            # Who is logged in, and how often logins fail, is for nobody who only happens to be on the network.
+            # How many are logged in, and how often logins fail, must not be shown to the whole network by default.
             raise OptionError(
                 "metrics",
                 "must be a loopback address, such as 127.0.0.1:9464, unless metrics_anywhere is given",

@@ -51,7 +51,7 @@ class OwnLoad:
 
     def tell(self) -> None:
         """Write the number down."""
-        # 0 is nobody, or nobody who accepts.
+        # 0: there is no such worker, or it does not accept.
         self._loads[self._index] = 1 + self.count()
 
     def took_one(self) -> None:
