@@ -267,7 +267,7 @@ def unpickled(service: bytes) -> WorkerProgram:
 
 
 def _has_sockets_alone() -> bool:
-    """Whether nobody else will have our listening sockets: to be asked before they are opened."""
+    """Whether no other process will have our listening sockets: to be asked before they are opened."""
     # systemd has those that it gives us open too, and gives what is queued to whom it starts next. Variables that are
     # another process's (a script that has started us) are of no account.
     return "LISTEN_FDS" not in os.environ or os.environ.get("LISTEN_PID") != str(os.getpid())

@@ -1,39 +1,39 @@
-"""Who may connect, and who goes first: what attackers can take from a server before they have shown who they are.
+"""Which connections are let in before their login, and which go first: what an attacker can take without a password.
 
 Nothing here knows Trio or a socket, and the clock is given: the same calls give the same answers.
 """
 
-# What must hold, whoever connects
-# --------------------------------
-# A login costs this server a hundred times what it costs whoever fails it, and a connection that says nothing costs a
-# descriptor for the length of the handshake's deadline. So what has not logged in has two limits: how many are read and
+# What must hold, against any client
+# ----------------------------------
+# A failed login costs this server a hundred times what it costs the attacker, and a connection that says nothing costs a
+# descriptor until the handshake's deadline. So connections that have not logged in have two limits: how many are read and
 # answered at a time (`max_unauthenticated`, each with up to a token of 64 KiB in memory), and how many more wait, unread
-# (`max_waiting`). Whoever says nothing takes none of the former.
+# (`max_waiting`). A silent connection takes none of the former.
 #
-# Where there is no room, it is made: whoever has waited longest for nothing but their own next word is dropped, and the
-# newcomer comes in. A lottery among newcomers, as OpenSSH's MaxStartups, refuses honest ones as often as attackers, and
-# a hard limit only honest ones; but an honest client speaks within a round trip, and who sits there does not. Who has
-# said nothing goes first, then who waits unread, then who has sent a part of a token (one byte a second protects
-# nobody), then who owes an answer to our challenge. Nobody is dropped within `PATIENCE`, so that an honest client has
-# the time of its round trip even when attackers come back as fast as they are dropped; nor while they wait for us.
+# Where there is no room, it is made: the connection that has waited longest for its own client's next word is dropped, and
+# the newcomer is let in. A lottery among newcomers, as OpenSSH's MaxStartups, refuses honest clients as often as attackers,
+# and a hard limit refuses only honest ones; but an honest client speaks within a round trip, and an attacker's idle
+# connection does not. Silent connections go first, then those that wait unread, then those that have sent a part of a
+# token (so one byte a second protects none of them), then those that owe an answer to our challenge. None is dropped within
+# `PATIENCE`, so that an honest client has its round trip even when attackers come back as fast as they are dropped; and
+# none while it waits for us.
 #
-# Whoever is served gives up the place in a moment, if all are honest; then those who wait follow in the order in which
-# they came. Where a place is free only because somebody was dropped who sat on it, there are attackers, and those who
-# wait are theirs, mostly, and will wait for longer than an honest client does: then the last who came is the first.
+# If all clients are honest, a place is free again in a moment; then those that wait follow in the order in which they
+# came. If a place is free only because an idle connection was dropped, there are attackers; most of those that wait are
+# theirs, and wait for longer than an honest client does: then the last that came is served first.
 #
-# A source that somebody has logged in from before is let in and served before all others, and dropped after them. That
-# holds for some of its connections at a time: there may be an attacker behind the same NAT.
+# A source with an earlier successful login is let in and served before all others, and dropped after them. That holds for
+# a few of its connections at a time: there may be an attacker behind the same NAT.
 #
-# One source must not be able to use all of it up. Of one, so many are served at a time, and the rest waits its turn; the
-# sources have turns, one each; the source that has the most is the first to give one up. And penalties are for logins
-# that failed, as OpenSSH's PerSourcePenalties. A source is an IPv4 address or an IPv6 /64, which is the least that a
-# customer is given: counted by single addresses, one machine would be 2^64 sources. See `sources`. Whose account is guessed
-# at from many sources is the affair of `principals`.
+# One source must not be able to use up everything. Of each source, a limited number is served at a time, and the rest waits
+# its turn; sources take turns; the source with the most connections is the first to lose one. And penalties are for failed
+# logins, as OpenSSH's PerSourcePenalties. A source is an IPv4 address or an IPv6 /64, which is the least that a
+# customer is given: counted by single addresses, one machine would be 2^64 sources. See `sources`. Guessing at one account
+# from many sources is the subject of `principals`.
 #
-# Whatever is remembered is bounded, and the work per call too: an attacker with many addresses would
-# otherwise turn the defence into the attack. Counters live as long as the connections that they count,
-# so there are never more of them than `max_connections`. All else has tables of a fixed size, which the processes of a
-# server share, see `shared`.
+# Whatever is remembered is bounded, and the work per call too: otherwise an attacker with many addresses would
+# turn the defence into the attack. Counters live as long as the connections that they count, so there are never more of
+# them than `max_connections`. All else has tables of a fixed size, which the processes of a server share, see `tables`.
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from .waiting import Line, Queue, Stage
 
 __all__ = ["PATIENCE", "Admission", "Dropped", "Entry"]
 
-#: Seconds in which nobody is dropped for another's sake: the longest round trip, and some time to think. What opens a
-#: connection to log in speaks at once; were there more time, attackers who come back at once would always be too young.
+#: Seconds in which a connection is not dropped for another's sake: the longest round trip, and some time to compute. A
+#: client that connects to log in speaks at once; with more time, attackers that come back at once would never be dropped.
 PATIENCE: Final = {Stage.SILENT: 0.1, Stage.QUEUED: 1.0, Stage.PARTIAL: 1.0, Stage.CHALLENGED: 1.0}
 # Of more that must go, so many go with each call.
 _PER_CALL: Final = 32
-#: Stages in which nobody has read what has come.
+#: Stages in which nothing was read.
 UNREAD: Final = (Stage.SILENT, Stage.QUEUED)
 _SERVED: Final = (Stage.PARTIAL, Stage.CHALLENGED)
 
@@ -66,7 +66,7 @@ def _nothing() -> None:
 
 
 class Entry:
-    """One connection that was admitted. Whoever got it must `close` it in the end, whatever happened.
+    """One connection that was admitted. The caller of `Admission.admit` must `close` it in the end, whatever happens.
 
     After that, and after it was evicted, the other methods do nothing: a late word about a connection that is gone
     must not disturb the counters.

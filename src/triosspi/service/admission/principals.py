@@ -1,4 +1,4 @@
-"""Who logs in, whatever the source: how many sessions of one principal, and how many failures."""
+"""Principals, whatever the source: how many sessions each has, and how many failed logins."""
 
 # An account that is guessed at from ten thousand addresses is not protected by what is held against addresses. Locking it
 # would do the attackers' work. So, once so many logins by NTLM have failed, only those are looked at that come from where
@@ -6,7 +6,7 @@
 # or wrong. That ends by itself when the failures become fewer.
 #
 # What is remembered is a hash in a table of a fixed size, of accounts that exist and of names that do not alike: neither
-# the time nor the answer tells them apart, and made-up names take nobody's memory.
+# the time nor the answer tells them apart, and made-up names take no more memory.
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
 """What the processes of one server know together: numbers in memory that all of them have mapped."""
 
 # Caps and penalties for a source hold for the server, and a source's next connection goes to whichever worker is free. So
-# they share tables, and nobody waits for anybody: a lock
-# would be held by a process that was stopped in the middle (SIGSTOP, a debugger, a frozen container), and all others would
-# wait for it. What keeps that right:
+# they share tables, without a lock: a process that was stopped while it held one (SIGSTOP, a debugger, a frozen container)
+# would stop all others. What keeps that right:
 #
 # * A cell is eight bytes at their natural place, which are written in one piece, and says all that there is to say of one
-#   source: a part of its hash, and the numbers. Nobody sees half of one.
-# * Counts are written by one process each, in a column of its own, and added up by whoever wants to know. So none is
+#   source: a part of its hash, and the numbers. No process sees half of one.
+# * Counts are written by one process each, in a column of its own, and added up when they are read. So none is
 #   ever lost; two processes that look at the same moment may both find room, which lets in at most one more for each
 #   other process. A process that has died takes its column with it: the supervisor clears it, and gives it to another.
 # * Penalties are in one table that all write. Two that add to the same one at the same moment are as one: a failure
-#   goes unpunished. They outlive whoever wrote them.
+#   goes unpunished. They outlive the process that wrote them.
 #
-# Each table has a fixed size, and a key has its place in one bucket of some cells, by a hash with a secret: who chooses
-# their addresses cannot choose whose cells they fall on. Where a bucket is full, the cell goes first that would be free
+# Each table has a fixed size, and a key has its place in one bucket of some cells, by a hash with a secret: an attacker
+# who chooses addresses cannot choose the cells that they fall on. Where a bucket is full, the cell goes first that would be free
 # soonest; a count that finds no cell is its own process's only.
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def make_acceptor(accept: Accept, demo: AccountSource | None = None) -> Acceptor
 
 
 def make_account_map(impersonate: Impersonate, accounts: LocalAccounts) -> AccountMap | None:
-    """Who is impersonated as whom, or None where nobody is. Reads the file.
+    """Which principals are impersonated as which local accounts; None where impersonation is off. Reads the file.
 
     Raises:
       ConfigurationError: see `AccountMap`.

@@ -1,6 +1,6 @@
 """Where a server listens: TCP addresses, unix sockets, descriptors that it was given."""
 
-# Whoever opens the sockets keeps them: with workers that is the parent, which accepts nothing itself, so
+# The process that opens the sockets keeps them: with workers that is the parent, which accepts nothing itself, so
 # that what is queued on a socket outlives the worker that was to accept it. Workers get descriptors and
 # make their own listeners of them (see `descriptors`). So a unix socket's file is removed by `close_listeners` or
 # `remove_socket_files` only, in the process that made it: that a worker closes its listener is not the end
@@ -71,7 +71,7 @@ async def open_listeners(
     if inherited:
         return inherited
     with ExitStack() as undo:
-        # Whoever names a unix socket and no host does not want to be reached from everywhere.
+        # A configuration with a unix socket and no host is not meant to be reached from everywhere.
         listeners = await _open_tcp(settings, undo) if settings.hosts or not settings.unix else []
         listeners += [_open_unix(path, settings, undo) for path in settings.unix]
         undo.pop_all()

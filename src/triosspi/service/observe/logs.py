@@ -7,9 +7,9 @@
 #   characters is shown, a record is one line, and the lines of a traceback, which people want to read as lines, begin
 #   with white space, where no record begins. As JSON a record is one line of ASCII.
 # * Standard error that takes nothing. A reader who is gone (EPIPE), a full disk (ENOSPC) and a closed descriptor must not
-#   become an exception in whoever logs; and a reader who is there and does not read (a stopped terminal, a log collector
+#   become an exception in the code that logs; and a reader that does not read (a stopped terminal, a log collector
 #   that hangs) must not stop the event loop, and every connection with it: a line waits for a moment, and then lines are
-#   lost and counted until one is taken again. They are not kept: whoever can make us write could fill the memory.
+#   dropped and counted until one is taken again. They are not kept: an attacker who causes log lines could fill the memory.
 #   A thread that writes would keep more of them, but would lose the last ones of a process that aborts.
 # * Several processes with one standard error. A line is written by one write(2), which pipes keep in one piece up to
 #   PIPE_BUF bytes and files whatever its length; Python's own stream would cut lines where its buffer ends.
@@ -272,7 +272,7 @@ class _Handler(logging.Handler):
         """See `logging.Handler`."""
         try:
             taken = self._write(self._lines(record))
-        except Exception:  # noqa: BLE001 - whoever logs is not to hear of it, and there is nobody else to tell
+        except Exception:  # noqa: BLE001 - must not be raised where something is logged, and there is no place to report it
             taken = False
         self._lost = 0 if taken else self._lost + 1
 

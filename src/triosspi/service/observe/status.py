@@ -5,10 +5,10 @@
 # deadline bounds a whole request, whatever its pieces, and a connection costs no thread: what http.server waits for anew at
 # each read, with a thread that waits, is what slow and silent clients hold on to.
 #
-# The port is for loopback or an inner network, and whoever reaches it still must not be able to hurt: a request is one
+# The port is for loopback or an inner network, and a client that reaches it must still not be able to do harm: a request is one
 # head of some KiB, read under one deadline, answered once; then the connection is closed. Nothing of it is ever shown or
-# logged. When more than a few connections are open, the oldest has to go: a probe is answered within milliseconds, and
-# whoever sits there is not one.
+# logged. When more than a few connections are open, the oldest is closed: a probe is answered within milliseconds, so a
+# connection that stays open is none.
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """What a server tells of its connections: one audit record for each login and each end of a session, and the numbers."""
 
-# The audit log answers who was here, when, from where, with what rights of the wire, and how it ended; and who was not let
-# in, and why. So there is a record for each login, not for a sample of them, and the reason of a refusal is the true one,
+# The audit log answers which principal was here, when, from where, with which GSS-API flags, and how it ended; and which
+# was refused, and why. So there is a record for each login, not for a sample of them, and the reason of a refusal is the true one,
 # which the client is never told. Texts in it come from the library, which quotes what a peer chose, or are the principal's.
 #
-# Whoever connects can make us write. A dropped connection costs them a packet or two, so those are only summed up. A refused
-# login costs them a handshake, and penalties slow down each source; but there are many sources, so beyond a rate that no
-# honest population reaches (100 a second for long, 1000 at once) refusals are summed up too. The numbers stay exact.
+# Any client can cause log lines. A dropped connection costs an attacker a packet or two, so those are only summed up. A
+# refused login costs a handshake, and penalties slow down each source; but there are many sources, so beyond a rate that
+# honest clients do not reach (100 a second for long, 1000 at once) refusals are summed up too. The numbers stay exact.
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SessionEnd:
 def _unfailing(
     method: Callable[Concatenate[Telemetry, P], None],
 ) -> Callable[Concatenate[Telemetry, P], None]:
-    """A method that is called from where nobody expects an exception, and from where the server would go down with one."""
+    """A method that is called where an exception would end the server: what it raises is logged instead."""
 
     @functools.wraps(method)
     def guarded(self: Telemetry, /, *args: P.args, **kwargs: P.kwargs) -> None:

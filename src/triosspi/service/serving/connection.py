@@ -130,13 +130,13 @@ class Service(ConnectionServer[trio.SocketStream]):
             self._hurry(deadline)
 
     def count_deadline(self, deadline: trio.CancelScope) -> None:
-        """Somebody is logging in, until then."""
+        """A login is under way, with this deadline."""
         self._deadlines.add(deadline)
         if self.sessions.stopping:
             self._hurry(deadline)
 
     def forget_deadline(self, deadline: trio.CancelScope) -> None:
-        """They are not, any more."""
+        """It is over."""
         self._deadlines.discard(deadline)
 
     def _hurry(self, deadline: trio.CancelScope) -> None:
@@ -145,7 +145,7 @@ class Service(ConnectionServer[trio.SocketStream]):
     # Turns
 
     def turns_are_wanted(self) -> None:
-        """Somebody waits to be read."""
+        """A connection waits to be read."""
         self._somebody_waits.set()
 
     async def keep_turns(self) -> NoReturn:

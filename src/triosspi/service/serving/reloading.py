@@ -1,10 +1,10 @@
 """What a running process reads again: when, for how long at most, and what becomes of a reading that fails."""
 
 # A reload reads what people have written and where they have put it: a half-saved file, a FIFO instead of a file, a directory
-# on a server that is gone. So it is done in a thread, by whoever reloads: one process, or a supervisor with its workers.
+# on a server that is gone. So it is done in a thread: by the single process, or by a supervisor for its workers.
 #
 # * Nothing that it raises ends the process. What cannot be used changes nothing, and is one line in the log.
-# * A reading that hangs is left to itself after a while; nobody can end a thread that waits for a disk. The loop
+# * A reading that hangs is left to itself after a while; a thread that waits for a disk cannot be ended. The loop
 #   turns, signals are obeyed, and the process ends without waiting for it: Trio's threads are daemons. What it brings in the
 #   end is thrown away, since the files may have been read again since.
 # * How many may hang is bounded. They have a limiter of their own: what else needs threads, logins among it, has others.

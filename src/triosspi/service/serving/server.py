@@ -289,7 +289,7 @@ class Server:
     # Stopping
 
     def retire(self) -> None:
-        """Accept nobody any more, and end when everybody has gone in their own time. `stop` ends it sooner."""
+        """Accept no more connections, and end when all sessions have ended by themselves. `stop` ends it sooner."""
         if self._stopping or self._retired:
             return
         log.info("no more connections are accepted: those that are there may finish")

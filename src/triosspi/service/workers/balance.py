@@ -1,12 +1,12 @@
-"""Even shares for worker processes that accept from one socket: who has the fewest connections goes first (leastconn)."""
+"""Even loads for worker processes that accept from one socket: the one with the fewest connections goes first (leastconn)."""
 
-# A connection to a shared socket wakes every worker that waits for one, and whichever runs first has it. That is good where
-# there is work: who is busy comes late, so connections go where there is time for them, and none waits for a worker that
-# hangs. Where there is no work it is bad: the kernel wakes them in the same order always, so the same one always wins (of 1,000
+# A connection to a shared socket wakes every worker that waits for one, and the first to run takes it. Under load that is
+# good: a busy worker comes late, so connections go to workers that have time for them, and none waits for one that
+# hangs. Without load it is bad: the kernel wakes them in the same order always, so the same one always wins (of 1,000
 # clients that came one by one, one of two workers got 730 to 940); sessions that last for a day are still there when there
 # is work, and the caps on connections hold for each worker. With a socket for each (SO_REUSEPORT) the kernel deals
-# evenly, by a hash; but whoever was dealt to a worker that is busy, dead or hanging waits for that one, and logins per second are
-# no more.
+# evenly, by a hash; but a connection that was dealt to a worker that is busy, dead or hanging waits for that one, and there
+# are no more logins per second.
 #
 # So workers share one socket, and tell each other how many connections they have: a number each, in memory that all have mapped. A
 # worker that has more than another gives the others a moment for a new connection; and another moment, as long as they take

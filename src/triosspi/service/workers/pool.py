@@ -3,7 +3,7 @@
 # What it must hold:
 #
 # * A worker is a fresh interpreter. A fork of a process with threads, an event loop and a Kerberos library is a copy of
-#   locks that nobody will release.
+#   locks that will never be released.
 # * What a worker does to itself is its own affair. It dies: another takes its place, at once if it had lived for a while,
 #   else after a pause that doubles, so that a fault which comes with every start does not take the whole machine. It hangs:
 #   its event loop sends no heartbeat, and it is killed. Only where one cannot start when all begin is it the

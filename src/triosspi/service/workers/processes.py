@@ -218,7 +218,7 @@ class WorkerProcess:
     # Orders
 
     async def make_last(self) -> bool:
-        """Have it empty the queues of its sockets when it goes, since nobody else will have them then.
+        """Have it empty the queues of its sockets when it stops, since no other process will have them then.
 
         Returns:
           Whether it has heard of it, and still serves.
@@ -235,7 +235,7 @@ class WorkerProcess:
             await self._news.wait()
 
     def retire(self) -> None:
-        """Let it accept nobody any more, and end when all who are there have gone in their own time."""
+        """Let it accept no more connections, and end when all its sessions have ended by themselves."""
         self.retired = True
         self._say(Order.RETIRE)
 
@@ -247,7 +247,7 @@ class WorkerProcess:
         if self.ready.is_set():
             self._say(Order.DRAIN)
         else:
-            # It does not listen yet, and nobody is connected to it.
+            # It does not listen yet, and has no connections.
             self.send(signal.SIGTERM)
 
     def stop(self) -> None:

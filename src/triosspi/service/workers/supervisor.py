@@ -2,13 +2,13 @@
 
 # What it must hold:
 #
-# * Nobody waits in a dead worker's queue for ever: the listening sockets are this process's, which accepts nothing, and
-#   outlive every worker. A replacement finds what was queued.
-# * Nor is anybody reset when all of it stops. The kernel resets who is queued on a socket when its last descriptor is closed,
-#   so one worker must be the last who has it, and know it. First it says that it will empty the queue; then the others
-#   close theirs, and say so; then this process closes its own; and only then the last one goes: it accepts whoever is
-#   queued, and closes at once. Until then it serves as ever. Where somebody else has told all workers to go (systemd
-#   signals each process of a service) there may be none left for that, and if anybody is queued another is started.
+# * No connection waits in a dead worker's queue for ever: the listening sockets belong to this process, which accepts nothing,
+#   and outlive every worker. A replacement finds what was queued.
+# * No queued connection is reset when all of it stops. The kernel resets what is queued on a socket when its last descriptor
+#   is closed, so one worker must be the last to have it, and know it. First it says that it will empty the queue; then the
+#   others close theirs, and say so; then this process closes its own; and only then the last worker stops: it accepts what
+#   is queued, and closes at once. Until then it serves as ever. If all workers were told to stop from outside (systemd
+#   signals each process of a service), none may be left for that; if anything is queued then, another worker is started.
 # * Everything ends. A worker that is told to go and does not is killed; whatever happens to this process's own tasks, the
 #   last thing that they do is to kill and to reap. And where this process itself is killed, the workers see the end
 #   of their link (see `worker_link`).
@@ -81,12 +81,12 @@ class Supervisor:
 
     @property
     def well(self) -> bool:
-        """The service manager need not do anything: somebody serves, or finishes, and nobody hangs."""
+        """A worker serves, or finishes, and none hangs: there is nothing for the service manager to do."""
         return any(worker.ready.is_set() for worker in self.workers) and all(worker.alive for worker in self.workers)
 
     @property
     def ready(self) -> bool:
-        """Whoever comes now is served: somebody is ready, and nobody has said stop."""
+        """New connections are served: a worker is ready, and there was no request to stop."""
         return not self._stops and any(worker.serving for worker in self.workers)
 
     async def run(
@@ -188,8 +188,10 @@ class Supervisor:
             with self._handing_over:
                 await self._hand_over()
             if self._handing_over.cancelled_caught:
-                log.warning("no worker had the listening sockets alone in time: who is queued on them may be reset")
-        # From now on nobody new is to come in; where the workers have closed theirs too, connecting is refused.
+                log.warning(
+                    "no worker had the listening sockets alone in time: connections that are queued on them may be reset"
+                )
+        # No new connection from now on: where the workers have closed theirs too, connecting is refused.
         self._close()
         workers = self.workers
         for worker in workers:
@@ -198,7 +200,7 @@ class Supervisor:
             await worker.ended.wait()
 
     async def _hand_over(self) -> None:
-        """Have the sockets with one worker and with this process alone; or with nobody, where nobody is queued on them."""
+        """Have the sockets with one worker and with this process alone; or with none, where nothing is queued on them."""
         while True:
             last = await self._find_last()
             others = [worker for worker in self.workers if worker is not last]
@@ -207,12 +209,12 @@ class Supervisor:
             with trio.move_on_after(self._pool.timing.closing):
                 for worker in others:
                     await worker.wait_closed()
-            # One that was told to go by somebody else meanwhile has emptied the queue once, and not for the last time.
+            # A worker that was told to stop from outside meanwhile has emptied the queue, but more may have come since.
             if (last is not None and last.serving) or not self._waited_on():
                 return
 
     async def _find_last(self) -> WorkerProcess | None:
-        """A worker that will empty the sockets; None: there is none, and nobody is queued."""
+        """A worker that will empty the sockets; None: there is none, and nothing is queued."""
         for worker in self.workers:
             if worker.serving and await worker.make_last():
                 return worker

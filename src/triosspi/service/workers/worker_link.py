@@ -10,8 +10,8 @@
 # neither wait then nor take it for the supervisor's death, which is the end of the stream and nothing else.
 #
 # Heartbeats come from a task of the event loop that serves: what stops the loop (a handler in an endless loop, a
-# blocking call) stops them, and the supervisor kills the worker. Where the supervisor has died too, nobody would; so each
-# heartbeat winds up the kernel's alarm clock, which needs neither the loop nor the interpreter to end the process.
+# blocking call) stops them, and the supervisor kills the worker. In case the supervisor has died too, each heartbeat
+# sets the kernel's alarm (SIGALRM) anew, which ends the process without the help of the loop or the interpreter.
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ class WorkerLink:
         self._unsent = rest[: rest.find(b"\n") + 1]
 
     async def _obey(self) -> None:
-        """Take orders until there is nobody to give any."""
+        """Take orders until the link's end."""
         sock = trio.socket.from_stdlib_socket(self._sock)
         while True:
             try:
