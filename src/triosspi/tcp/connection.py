@@ -50,6 +50,8 @@ Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
 ArrivedT = TypeVar("ArrivedT", bound=trio.abc.AsyncResource)
 
 _NO_SCOPE: Final = nullcontext()
+# What a session has that was cancelled with its server; one for all, since each holds it while it lives.
+_SHUTDOWN: Final = End("shutdown")
 # How much is thrown away of what has come and was not read, at most.
 _PIECES: Final = 4
 _PIECE: Final = 65_536
@@ -194,7 +196,7 @@ class ConnectionServer(Generic[ArrivedT]):
             del attempt
             if session is None:
                 return False
-            end = End("shutdown")
+            end = _SHUTDOWN
             try:
                 with session.scope or _NO_SCOPE:
                     await self.handler(session.channel)
@@ -264,9 +266,9 @@ class ConnectionServer(Generic[ArrivedT]):
         if isinstance(exc, BaseExceptionGroup) and not isinstance(exc, ExceptionGroup):
             # While the server is cancelled, a handler's nursery raises its errors together with Cancelled.
             errors = exc.subgroup(Exception)
-            return End("shutdown") if errors is None else self._failed(errors, session)
+            return _SHUTDOWN if errors is None else self._failed(errors, session)
         if not isinstance(exc, Exception):
-            return End("shutdown")
+            return _SHUTDOWN
         forgery = tampering(exc)
         forged = None if forgery is None else str(forgery)
         closed = session.ended_by is not None

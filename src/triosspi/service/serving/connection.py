@@ -119,7 +119,8 @@ class Service(ConnectionServer[trio.SocketStream]):
                 seconds=trio.current_time() - session.since,
             )
         )
-        session.leave()
+        if session.entry is not None:
+            session.entry.close()
 
     # Stopping
 
@@ -258,7 +259,7 @@ class ServiceAttempt(Attempt):
         """See `Attempt.logged_in`."""
         service = self._service
         self._entry.authenticated(channel.peer.principal)
-        session = WatchedSession(channel, self.source, ticket_end(channel.peer), self._entry.close)
+        session = WatchedSession(channel, self.source, ticket_end(channel.peer), self._entry)
         service.sessions.add(session)
         service.telemetry.login(session_id=session.number, source=self.source, peer=channel.peer, seconds=self.seconds)
         if service.logged_in is not None:

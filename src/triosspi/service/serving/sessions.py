@@ -24,6 +24,7 @@ import trio
 
 from ...security.identity import Traffic
 from ...tcp import NOTICE, LiveSession, Outcome, TCPChannel
+from ..admission.admission import Entry
 from ..config.settings import Limits
 
 log = logging.getLogger("triosspi.server")
@@ -46,26 +47,24 @@ class WatchedSession(LiveSession):
       channel: its channel.
       source: where it connects from, for people.
       expires: when its ticket ends, on Trio's clock; None if it has none.
-      leave: called when it is over.
+      entry: its place in the admission; None in tests of this room alone.
 
     Attributes:
       number: unique in this process.
       since: when it logged in, on Trio's clock.
-      leave: see above.
+      entry: see above.
       scope: its handler runs in it.
     """
 
-    __slots__ = ("_due", "_messages", "_moved", "leave", "number", "since")
+    __slots__ = ("_due", "_messages", "_moved", "entry", "number", "since")
 
     scope: trio.CancelScope
 
-    def __init__(
-        self, channel: TCPChannel, source: str, expires: float | None, leave: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, channel: TCPChannel, source: str, expires: float | None, entry: Entry | None = None) -> None:
         super().__init__(channel, source, expires)
         self.number = next(_numbers)
         self.since = trio.current_time()
-        self.leave = leave
+        self.entry = entry
         self.scope = trio.CancelScope()
         # Once it is ended: when its handler is given no more time.
         self._due = math.inf
