@@ -91,6 +91,12 @@ async def test_what_cannot_be_is_found_before_anything_is_opened(thing, options,
         await result
 
 
+async def test_a_client_cannot_be_told_to_impersonate(monkeypatch):
+    monkeypatch.setattr(trio, "open_tcp_stream", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(LocalProtocolError, match="impersonation is an acceptor's"):
+        await triosspi.open_sspi_over_tcp_channel("127.0.0.1", 1, INITIATOR, impersonation=object())
+
+
 async def test_a_listener_hands_every_option_on_to_its_channels(monkeypatch):
     class Impersonator:
         run_as_peer = None

@@ -6,6 +6,7 @@ from typing import Unpack
 
 import trio
 
+from .._errors import LocalProtocolError
 from ..channel import ChannelKeywords, ChannelOptions, SSPIChannel, takes_channel_options
 from ..security.credentials import Initiator
 from ..session import Tracer
@@ -30,7 +31,7 @@ async def open_sspi_over_tcp_channel(
       initiator: what to log in with.
       tracer: see `SSPIChannel`.
       happy_eyeballs_delay: seconds, see `trio.open_tcp_stream`.
-      **options: see `ChannelOptions`.
+      **options: see `ChannelOptions`. Impersonation is an acceptor's, and an error here.
 
     Raises:
       OSError: no connection, see `trio.open_tcp_stream`.
@@ -39,6 +40,8 @@ async def open_sspi_over_tcp_channel(
     """
     # Checked before the connection is opened, which an error here would leave open.
     chosen = ChannelOptions(**options)
+    if chosen.impersonation is not None:
+        raise LocalProtocolError("impersonation is an acceptor's: a client cannot impersonate its server")
     initiator = initiator.with_default_host(host)
     stream = await trio.open_tcp_stream(host, port, happy_eyeballs_delay=happy_eyeballs_delay)
     try:
