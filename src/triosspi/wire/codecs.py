@@ -139,7 +139,7 @@ class Codec:
         return pack_frame(token)
 
     def check_beginning(self, *, initiator: bool) -> None:
-        """See that what has come of the peer's first token can become one; see `_beginnings`.
+        """See that what has come of the peer's first token can become one; see `beginnings`.
 
         Args:
           initiator: whether the peer is the initiator.

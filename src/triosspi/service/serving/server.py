@@ -83,7 +83,7 @@ class Server:
       telemetry: is told of everything.
       notifier: tells the service manager.
       make_tracer: makes the tracer of each connection.
-      sole: nobody else has these listeners: who is queued on them when the server stops is to be told so here.
+      sole: no other process has these listeners: what is queued on them when the server stops is accepted and told here.
       once: stop after the first connection.
       reload: reads the configuration again, in a thread; None where that makes no sense.
       link: tells the supervisor, where this process is a worker.
@@ -137,7 +137,7 @@ class Server:
         )
 
     async def run(self, started: Callable[[], None]) -> bool:
-        """Serve until told to stop, and everybody has gone or the grace is over.
+        """Serve until told to stop, and all sessions have ended or the grace is over.
 
         Args:
           started: called when signals are obeyed and connections accepted.
