@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final, Generic, NoReturn, TypeAlias, TypeVar
 
@@ -95,6 +96,11 @@ class Reading(Generic[T]):
             f"it could not be read within {PATIENCE:g} s, and {hanging} such readings hang: is a file of it on a server "
             "that does not answer, or no file at all?"
         )
+
+    async def watch(self, files: Callable[[], tuple[Path, ...]]) -> NoReturn:
+        """Have it read again when one of these files changes, and when another try may go well; see `watch_files`."""
+        changed = partial(self.ask, "a file of the configuration has changed")
+        await watch_files(files, changed, lambda: self.may_pass)
 
 
 async def watch_files(

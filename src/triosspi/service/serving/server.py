@@ -42,7 +42,7 @@ from ..workers.balance import BalancedListener
 from ..workers.worker_link import WorkerLink
 from .connection import Service
 from .lifecycle import shutting_down
-from .reloading import Reading, watch_files
+from .reloading import Reading
 from .sessions import Sessions
 
 log = logging.getLogger("triosspi.server")
@@ -154,7 +154,7 @@ class Server:
                 self._watches.start_soon(self._keep_beating)
                 if self._reading is not None:
                     self._watches.start_soon(self._reload_when_asked, self._reading)
-                    self._watches.start_soon(watch_files, self._watched_files, self._files_changed, self._may_pass)
+                    self._watches.start_soon(self._reading.watch, self._watched_files)
                 self._watches.start_soon(self._notifier.keep_alive)
                 if self._link is not None:
                     self._link.on_parent_gone = self._link.on_stop = self.stop
@@ -220,12 +220,6 @@ class Server:
     def _watched_files(self) -> tuple[Path, ...]:
         # With a supervisor, the supervisor watches; else each worker might read a different configuration.
         return self._loaded.files if self._link is None else ()
-
-    def _may_pass(self) -> bool:
-        return self._reading is not None and self._reading.may_pass
-
-    def _files_changed(self) -> None:
-        self.ask_to_reload("a file of the configuration has changed")
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:

@@ -24,7 +24,6 @@ import select
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 import trio
@@ -32,7 +31,7 @@ import trio
 from ..._errors import ConfigurationError
 from ..observe.notify import Notifier
 from ..reasons import only_configuration_errors
-from ..serving.reloading import Reading, watch_files
+from ..serving.reloading import Reading
 from .pool import WorkerPool, tell
 from .processes import Work, WorkerProcess
 
@@ -140,8 +139,7 @@ class Supervisor:
                 nursery.start_soon(self._pool.keep, worker)
             if (reading := self._reading) is not None:
                 nursery.start_soon(self._reload_when_asked, reading)
-                changed = partial(reading.ask, "a file of the configuration has changed")
-                nursery.start_soon(watch_files, lambda: self._pool.work.files, changed, lambda: reading.may_pass)
+                nursery.start_soon(reading.watch, lambda: self._pool.work.files)
             nursery.start_soon(self._notifier.keep_alive, lambda: self.well)
 
     # Telling
