@@ -227,4 +227,6 @@ async def test_a_refused_peer_sees_the_end_and_no_reset_though_it_has_said_more_
 
 def test_the_recorder_knows_all_hooks():
     hooks = {name for cls in (Attempt, ConnectionServer) for name in vars(cls) if not name.startswith("_")}
-    assert hooks - {"source", "seconds", "serve", "handshake_timeout", "stopping", "out_of_time"} == set(HOOKS)
+    assert hooks - {"source", "started", "seconds", "serve", "handshake_timeout", "stopping", "out_of_time"} == set(
+        HOOKS
+    )

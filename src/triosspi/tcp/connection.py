@@ -65,14 +65,19 @@ class Attempt:
 
     Attributes:
       source: see above.
-      seconds: how long it took, once it is over.
+      started: when it was admitted, on Trio's clock.
     """
 
-    __slots__ = ("seconds", "source")
+    __slots__ = ("source", "started")
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.seconds = 0.0
+        self.started = trio.current_time()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return trio.current_time() - self.started
 
     def begin(self, deadline: trio.CancelScope) -> None:
         """The time of the login has begun. Cancelling the scope ends the attempt."""
@@ -216,7 +221,6 @@ class ConnectionServer(Generic[ArrivedT]):
 
     async def _log_in(self, arrived: ArrivedT, attempt: Attempt) -> LiveSession | None:
         """Let the peer log in; if it does not, close the connection and tell why."""
-        started = trio.current_time()
         channel: TCPChannel | None = None
         session: LiveSession | None = None
         failure: LoginFailure | None = None
@@ -229,7 +233,6 @@ class ConnectionServer(Generic[ArrivedT]):
                     await channel.do_handshake()
                     accepted = attempt.check(channel)
             if channel is not None and accepted:
-                attempt.seconds = trio.current_time() - started
                 session = attempt.logged_in(channel)
             elif channel is not None or deadline.cancelled_caught:
                 failure = attempt.out_of_time(self.handshake_timeout)
@@ -244,7 +247,6 @@ class ConnectionServer(Generic[ArrivedT]):
             if session is None:
                 try:
                     if failure is not None:
-                        attempt.seconds = trio.current_time() - started
                         attempt.failed(failure)
                 finally:
                     await _drop(arrived, arrived if channel is None else channel)
