@@ -35,6 +35,10 @@ def limits(**given: Any) -> Any:
     return SimpleNamespace(**{**nothing, "session_caps": "ntlm", **given})
 
 
+# The watch over sessions does not look at it.
+NO_ENTRY: Any = None
+
+
 class Watched:
     """Sessions under watch, with what the watch has told."""
 
@@ -46,7 +50,7 @@ class Watched:
 
     def add(self, mechanism: str = "ntlm", expires: float | None = None) -> tuple[WatchedSession, Any]:
         channel: Any = FakeChannel(mechanism)
-        session = WatchedSession(channel, "somewhere", expires)
+        session = WatchedSession(channel, "somewhere", expires, NO_ENTRY)
         self.sessions.add(session)
         return session, channel
 

@@ -119,8 +119,7 @@ class Service(ConnectionServer[trio.SocketStream]):
                 seconds=trio.current_time() - session.since,
             )
         )
-        if session.entry is not None:
-            session.entry.close()
+        session.entry.close()
 
     # Stopping
 

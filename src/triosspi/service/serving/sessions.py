@@ -47,7 +47,7 @@ class WatchedSession(LiveSession):
       channel: its channel.
       source: where it connects from, for people.
       expires: when its ticket ends, on Trio's clock; None if it has none.
-      entry: its place in the admission; None in tests of this room alone.
+      entry: its place in the admission.
 
     Attributes:
       number: unique in this process.
@@ -60,7 +60,7 @@ class WatchedSession(LiveSession):
 
     scope: trio.CancelScope
 
-    def __init__(self, channel: TCPChannel, source: str, expires: float | None, entry: Entry | None = None) -> None:
+    def __init__(self, channel: TCPChannel, source: str, expires: float | None, entry: Entry) -> None:
         super().__init__(channel, source, expires)
         self.number = next(_numbers)
         self.since = trio.current_time()
