@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -22,6 +21,7 @@ import trio
 import trio.testing
 
 from harness import PASSWORD, ScriptedStream, has_ipv6, make_acceptor, make_initiator, random_pieces
+from peers.kerberos.realm import find_program, missing_program
 from peers.requirements import require
 from programs import running
 from triosspi import RemoteProtocolError, SSPIChannel, open_sspi_over_tcp_channel
@@ -468,10 +468,7 @@ class HAProxy:
     """Debian's, in TCP mode, in the foreground, with one backend."""
 
     def available(self) -> str | None:
-        return None if self._program() else "haproxy is not installed (apt haproxy)"
-
-    def _program(self) -> str | None:
-        return shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+        return missing_program({"haproxy": "haproxy"})
 
     @contextmanager
     def before(self, server: int | Path, options: str, front: socket.socket, directory: Path) -> Iterator[None]:
@@ -487,7 +484,7 @@ class HAProxy:
             "defaults\n    mode tcp\n    timeout connect 30s\n    timeout client 30s\n    timeout server 30s\n"
             f"listen test\n    bind fd@{front.fileno()}\n    server trio {address} {options}\n"
         )
-        program = self._program()
+        program = find_program("haproxy")
         assert program is not None
         log = directory / "haproxy.log"
         with log.open("wb") as output:

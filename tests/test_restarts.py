@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +20,8 @@ import trio.testing
 import triosspi
 from harness import make_initiator
 from peers import SSPI_RS_NTLM
-from peers.requirements import require
+from peers.kerberos.realm import find_program, missing_program
+from peers.requirements import require, require_nothing
 from programs import PATIENCE, Running, children, environment
 from steady_load import APPLICATION, PASSWORD, Load
 from triosspi.service import account_editor
@@ -227,7 +227,7 @@ async def test_a_server_that_stops_under_load_refuses_who_comes_late_and_resets_
 
 # ---- several machines behind HAProxy ----
 
-HAPROXY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+HAPROXY = find_program("haproxy")
 # Machines of a fleet; all of 127.0.0.0/8 is this one.
 MACHINES = {"a": "127.0.0.11", "b": "127.0.0.12"}
 
@@ -318,10 +318,10 @@ class Fleet:
 
 
 @pytest.mark.long("HAProxy looks every few seconds whether a server is there")
-@pytest.mark.skipif(HAPROXY is None, reason="no haproxy")
 async def test_behind_haproxy_a_drained_server_fails_no_request_and_a_killed_one_only_those_it_had(
     folder: Path,
 ) -> None:
+    require_nothing(missing_program({"haproxy": "haproxy"}))
     require(SSPI_RS_NTLM)
     with ExitStack() as stack, trio.fail_after(PATIENCE):
         fleet = Fleet(folder, stack)
