@@ -24,7 +24,7 @@ from triosspi import ConfigurationError
 from triosspi.service.workers.pool import WorkerPool
 from triosspi.service.workers.processes import Timing, Work, spawn
 from triosspi.service.workers.supervisor import Supervisor
-from triosspi.service.workers.worker_link import Plan, WorkerLink, take_descriptors
+from triosspi.service.workers.worker_link import Plan, WorkerLink, signals_of_a_worker, take_descriptors
 
 COMMAND = (sys.executable, __file__)
 
@@ -126,7 +126,14 @@ async def work(stub: Stub, mode: str, plan: Plan, link: WorkerLink) -> None:
         for listener in listeners:
             await listener.aclose()
         nursery.cancel_scope.cancel()
+    say_it_again()
     stub.say("ended at once" if told == 2 else "ended")
+
+
+def say_it_again() -> None:
+    """What systemd says to all may reach a worker when it has done it already."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.raise_signal(number)
 
 
 def main() -> int:
@@ -143,7 +150,10 @@ def main() -> int:
         return 3
     if mode == "leave":
         return 4
-    trio.run(work, stub, mode, plan, link)
+    with signals_of_a_worker(link):
+        trio.run(work, stub, mode, plan, link)
+        say_it_again()
+    say_it_again()
     return 0
 
 

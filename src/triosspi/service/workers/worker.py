@@ -20,7 +20,7 @@ from ..._errors import ConfigurationError
 from ..admission.tables import Tables
 from ..program import unpickled
 from .balance import BalancedListener, OwnLoad
-from .worker_link import Plan, WorkerLink, take_descriptors
+from .worker_link import Plan, WorkerLink, signals_of_a_worker, take_descriptors
 
 log = logging.getLogger("triosspi.server")
 
@@ -41,15 +41,14 @@ def main(arguments: Sequence[str]) -> int:
         load=load,
     )
     link.tables = tables
-    # Until the server takes them, signals end the process, and that quietly.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(RuntimeError, OSError, ValueError):
         # The supervisor asks for it before it kills a worker that hangs. Names of files and functions; no values.
         faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     try:
-        program = unpickled(plan.update.service)
-        listeners = [BalancedListener(listener, load) for listener in take_descriptors(plan.listeners)]
-        trio.run(program.serve, listeners, link)
+        with signals_of_a_worker(link):
+            program = unpickled(plan.update.service)
+            listeners = [BalancedListener(listener, load) for listener in take_descriptors(plan.listeners)]
+            trio.run(program.serve, listeners, link)
     except ConfigurationError as exc:
         link.failed(str(exc))
         return 1

@@ -20,7 +20,9 @@ import enum
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, BinaryIO, Final, NoReturn, Self
 
 import msgspec
@@ -38,6 +40,10 @@ LONGEST_REPORT: Final = 16384
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 # Descriptors that are taken with one look at the link. The kernel lets a look end at each message that has one.
 _DESCRIPTORS: Final = 4
+
+
+# That end a process which has no handler for them.
+_SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
 class Order(enum.Enum):
@@ -226,6 +232,11 @@ class WorkerLink:
         self.on_retire: Callable[[], object] = self._leave
         self.on_last: Callable[[], object] = lambda: None
 
+    @property
+    def leaving(self) -> bool:
+        """It was told to go, by whomever."""
+        return self._leaving
+
     async def run(self) -> NoReturn:
         """Send heartbeats and take orders, until cancelled."""
         async with trio.open_nursery() as nursery:
@@ -337,3 +348,27 @@ class WorkerLink:
         if not self._leaving:
             self._leaving = True
             self.on_parent_gone()
+
+
+@contextmanager
+def signals_of_a_worker(link: WorkerLink) -> Iterator[None]:
+    """Outside the time in which the server takes signals itself, they end the process: quietly, and not once it leaves.
+
+    A worker without clients has finished before systemd has sent its SIGTERM to every process of the service. Without
+    this, the one that comes last would kill it on its last steps, and it would be reported as a worker that failed.
+    """
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if not link.leaving:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in _SIGNALS:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        if link.leaving:
+            for number in _SIGNALS:
+                # While the interpreter ends, it takes handlers away, but leaves this.
+                signal.signal(number, signal.SIG_IGN)
