@@ -58,6 +58,7 @@
 # All arithmetic is unsigned and cannot wrap, as in `_framing`.
 
 cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_Check
 from cpython.list cimport PyList_CheckExact, PyList_GET_SIZE
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -88,7 +89,8 @@ include "sealing/libcrypto.pxi"
 
 cdef enum:
     # Sizes, in bytes.
-    PREFIX = 8  # of a frame, before its trailer: length and trailer_length
+    FRAME = 8  # before the trailer of a frame: length and trailer_length
+    RECORD = 4  # before a record's: length
     BLOCK = 16  # AES
     CONFOUNDER = 16
     HEADER = 16  # RFC 4121 4.2.6.2: 05 04 | flags | ff | EC | RRC | sequence number, big-endian
@@ -114,6 +116,7 @@ cdef enum:
     NOT_ENCRYPTED = 4
     OUT_OF_ORDER = 5
     ALTERED = 6
+    ENCRYPTED = 7
 
 cdef tuple REASONS = (
     "",
@@ -123,9 +126,13 @@ cdef tuple REASONS = (
     "a message that was signed but not encrypted",
     "a message out of order: replayed, or one before it is missing",
     "a message was altered, replayed or reordered, or sealed by somebody else",
+    "a message that was encrypted, where both sides had agreed to sign only",
 )
 cdef str NO_MORE_OPENING = "nothing more opens: a message before this one did not"
 cdef str NO_MORE_SEALING = "nothing more can be sealed: libcrypto failed before"
+
+# In the place of a trailer's size: nobody has divided the token.
+cdef size_t WHOLE = <size_t> -1
 
 # The most that one call of EVP_CipherUpdate is given: it counts in int. A multiple of the block.
 cdef size_t PIECE_MAX = <size_t> 1 << 30
@@ -154,6 +161,7 @@ cdef class Sealer:
     """What the two have in common: batches, numbers, the GIL, and the end after a failure."""
 
     cdef readonly size_t trailer_size
+    cdef bint encrypt  # False: messages are signed only
     cdef size_t slack  # bytes behind a token that sealing it may write to
     cdef size_t scratch_needed  # bytes beside the token's size that opening it needs; 0: none at all
     cdef uint64_t send_next  # the number of the next message to seal
@@ -180,7 +188,7 @@ cdef class Sealer:
         return FAILED
 
     cdef int measure(self, const byte *token, size_t size, size_t trailer, size_t *opened) noexcept nogil:
-        """How long the message will be that is in a token; may be as wrong as the token."""
+        """How long the message will be that is in a token; may be as wrong as the token. The trailer may be WHOLE."""
         return FAILED
 
     cdef int open_one(
@@ -193,9 +201,9 @@ cdef class Sealer:
 
     def seal(self, message):
         cdef Job job
-        cdef size_t total = self.add_job(message, &job, 0)
-        cdef bytes frame = self.seal_all(&job, 1, total, job.size)
-        cdef const byte *token = start_of(frame) + PREFIX
+        cdef size_t total = self.add_message(message, &job, 0)
+        cdef bytes frame = self.seal_all(&job, 1, total, job.size, FRAME)
+        cdef const byte *token = start_of(frame) + FRAME
         return cut(token, self.trailer_size), cut(token + self.trailer_size, job.size)
 
     def seal_frames(self, messages):
@@ -207,8 +215,8 @@ cdef class Sealer:
         if PyList_CheckExact(messages) and PyList_GET_SIZE(messages) == 1:
             # The commonest by far, where nobody sends in batches; it has no need of what follows.
             message = (<list> messages)[0]
-            total = self.add_job(message, &one, 0)
-            return self.seal_all(&one, 1, total, one.size)
+            total = self.add_message(message, &one, 0)
+            return self.seal_all(&one, 1, total, one.size, FRAME)
         # A tuple of our own: the messages measured first must be the messages sealed afterwards.
         mine = tuple(messages)
         if not mine:
@@ -216,21 +224,52 @@ cdef class Sealer:
         jobs = new_jobs(<size_t> len(mine))
         try:
             for message in mine:
-                total = self.add_job(message, &jobs[count], total)
+                total = self.add_message(message, &jobs[count], total)
                 content += jobs[count].size  # at most `total`
                 count += 1
-            return self.seal_all(jobs, count, total, content)
+            return self.seal_all(jobs, count, total, content, FRAME)
         finally:
             PyMem_RawFree(jobs)
 
-    cdef size_t add_job(self, object message, Job *job, size_t total) except 0:
+    def seal_records(self, data, piece):
+        cdef Py_buffer view
+        cdef Job one
+        cdef Job *jobs = &one
+        cdef size_t left, most, count = 0, total = 0
+        piece = PyNumber_Index(piece)  # the conversion to C alone would cut 3.5 to 3
+        if piece < 1:
+            raise ValueError(f"a record has at least one byte of data, not {piece}")
+        # While it is held, whoever owns a bytearray may write to it, but neither resize nor free it.
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            left = <size_t> view.len
+            if left == 0:
+                return b""
+            most = <size_t> min(piece, view.len)
+            if most > U32_MAX - self.trailer_size:
+                raise ValueError(f"a record of {most} bytes does not fit a length of four bytes")
+            if left > most:
+                jobs = new_jobs((left - 1) // most + 1)
+            while left:
+                jobs[count].source = <const byte *> view.buf + (<size_t> view.len - left)
+                jobs[count].size = min(left, most)
+                total = checked_sum(total, checked_sum(jobs[count].size, RECORD + self.trailer_size))
+                left -= jobs[count].size
+                count += 1
+            return self.seal_all(jobs, count, total, <size_t> view.len, RECORD)
+        finally:
+            if jobs is not &one:
+                PyMem_RawFree(jobs)
+            PyBuffer_Release(&view)
+
+    cdef size_t add_message(self, object message, Job *job, size_t total) except 0:
         """Check a message; the bytes of all frames with this one's, where those before take total."""
         cdef size_t size = length_of(checked_bytes(message, "a message"))
         if size > U32_MAX - 4 - self.trailer_size:
             raise ValueError(f"a message of {size} bytes does not fit a length of four bytes")
         job.source = <const byte *> PyBytes_AS_STRING(message)
         job.size = size
-        return checked_sum(total, checked_sum(size, PREFIX + self.trailer_size))
+        return checked_sum(total, checked_sum(size, FRAME + self.trailer_size))
 
     cdef int check_sealing(self, size_t count) except -1:
         """Refuse before anything is spent."""
@@ -242,8 +281,8 @@ cdef class Sealer:
             raise SealingError("no more messages can be numbered")
         return 0
 
-    cdef bytes seal_all(self, Job *jobs, size_t count, size_t total, size_t content):
-        """Seal at least one message, `content` bytes in all, into frames of `total` bytes."""
+    cdef bytes seal_all(self, Job *jobs, size_t count, size_t total, size_t content, size_t prefix):
+        """Seal at least one message, `content` bytes in all, into FRAMEs or RECORDs of `total` bytes."""
         cdef EVP_MD_CTX *work = NULL
         cdef PyObject *frames = NULL
         cdef bytes result
@@ -256,15 +295,15 @@ cdef class Sealer:
             frames = new_bytes(NULL, <Py_ssize_t> checked_sum(total, self.slack))
             to = <byte *> bytes_of(frames)
             for i in range(count):
-                self.prepare(to + PREFIX)
+                self.prepare(to + prefix)
                 jobs[i].to = to
-                to += PREFIX + self.trailer_size + jobs[i].size
+                to += prefix + self.trailer_size + jobs[i].size
             work = borrow()
             if content >= RELEASE_FROM:
                 with nogil:
-                    state = self.seal_jobs(jobs, count, work)
+                    state = self.seal_jobs(jobs, count, prefix, work)
             else:
-                state = self.seal_jobs(jobs, count, work)
+                state = self.seal_jobs(jobs, count, prefix, work)
             if state != GOOD:
                 self.sealing_failed = True
                 forget_errors()
@@ -287,16 +326,18 @@ cdef class Sealer:
             self.sealing_failed = True
             raise
 
-    cdef int seal_jobs(self, const Job *jobs, size_t count, EVP_MD_CTX *work) noexcept nogil:
+    cdef int seal_jobs(self, const Job *jobs, size_t count, size_t prefix, EVP_MD_CTX *work) noexcept nogil:
         cdef size_t i
         cdef byte *frame
         cdef int state
         for i in range(count):
             frame = jobs[i].to
-            # Only now: sealing the message before this one has written here. No narrowing loses anything: `add_job`.
-            store_u32(frame, <uint32_t> (4 + self.trailer_size + jobs[i].size))
-            store_u32(frame + 4, <uint32_t> self.trailer_size)
-            state = self.seal_one(jobs[i].source, jobs[i].size, frame + PREFIX, work)
+            # Only now: sealing the message before this one has written here. No narrowing loses anything: all sizes were
+            # compared when the jobs were made.
+            store_u32(frame, <uint32_t> (prefix - 4 + self.trailer_size + jobs[i].size))
+            if prefix == FRAME:
+                store_u32(frame + 4, <uint32_t> self.trailer_size)
+            state = self.seal_one(jobs[i].source, jobs[i].size, frame + prefix, work)
             if state != GOOD:
                 return state
             self.send_next += 1
@@ -368,6 +409,49 @@ cdef class Sealer:
         forget_errors()
         del messages[<Py_ssize_t> done:]
         return messages, SealingError(REASONS[state])
+
+    def open_records(self, list tokens not None):
+        cdef list mine = tokens[:]  # as in `open_frames`
+        cdef Job one
+        cdef Job *jobs = &one
+        cdef size_t i, count = 0, total = 0, done
+        cdef int state = GOOD
+        cdef object token
+        cdef bytes data
+        if self.opening_failed:
+            return b"", SealingError(NO_MORE_OPENING)
+        if not mine:
+            return b"", None
+        self.check_opening()
+        if len(mine) > 1:
+            jobs = new_jobs(<size_t> len(mine))
+        try:
+            for token in mine:
+                jobs[count].source = start_of(checked_bytes(token, "a token"))
+                jobs[count].size = length_of(<bytes> token)
+                state = self.measure(jobs[count].source, jobs[count].size, WHOLE, &jobs[count].opened)
+                if state != GOOD:
+                    break
+                # Of one token that is there many times it may be more than all that is in memory.
+                total = checked_sum(total, jobs[count].opened)
+                count += 1
+            data = cut(NULL, total)
+            total = 0
+            for i in range(count):
+                jobs[i].to = start_of(data) + total
+                total += jobs[i].opened
+            done = self.open_all(jobs, count, &state)
+            if state == GOOD:
+                return data, None
+            self.opening_failed = True
+            forget_errors()
+            total = 0
+            for i in range(done):
+                total += jobs[i].opened
+            return data[:<Py_ssize_t> total], SealingError(REASONS[state])
+        finally:
+            if jobs is not &one:
+                PyMem_RawFree(jobs)
 
     cdef int check_opening(self) except -1:
         if self.opening_failed:
@@ -441,8 +525,9 @@ cdef void forget_errors() noexcept:
 
 
 cdef Job *new_jobs(size_t count) except NULL:
-    # The multiplication does not wrap: as many objects are in memory, each larger than a Job.
-    cdef Job *jobs = <Job *> PyMem_RawMalloc(count * sizeof(Job))
+    cdef Job *jobs = NULL
+    if count <= OBJECT_MAX // sizeof(Job):
+        jobs = <Job *> PyMem_RawMalloc(count * sizeof(Job))
     if jobs is NULL:
         raise MemoryError
     return jobs

@@ -534,7 +534,7 @@ class MitContexts:
         assert initiator.complete and acceptor.complete
         return initiator, acceptor
 
-    def take_over(self, context: Any) -> KerberosSealer:
+    def take_over(self, context: Any, *, encrypt: bool = True) -> KerberosSealer:
         """The native sealer that goes on where a finished context is; it ends that."""
         lucid = self._gssapi.raw.krb5_export_lucid_sec_context(context, 1)
         keys = lucid.cfx_kd
@@ -548,12 +548,13 @@ class MitContexts:
             acceptor_subkey=subkey,
             send_sequence=lucid.send_seq,
             receive_sequence=lucid.recv_seq,
+            encrypt=encrypt,
         )
 
-    def halves(self, initiator: bool, mutual: bool = True) -> tuple[KerberosSealer, Any]:
+    def halves(self, initiator: bool, mutual: bool = True, *, encrypt: bool = True) -> tuple[KerberosSealer, Any]:
         """(our side, native; the other one, MIT's)."""
         contexts = self.login(mutual)
-        return self.take_over(contexts[not initiator]), contexts[initiator]
+        return self.take_over(contexts[not initiator], encrypt=encrypt), contexts[initiator]
 
 
 @pytest.fixture
@@ -1021,7 +1022,16 @@ def test_the_stub_has_the_modules_names() -> None:
         assert name in stub
     for sealer in (NTLMSealer, KerberosSealer):
         names = {name for name, _ in inspect.getmembers(sealer) if not name.startswith("_")}
-        assert names == {"open", "open_frames", "seal", "seal_frames", "traffic", "trailer_size"}
+        assert names == {
+            "open",
+            "open_frames",
+            "open_records",
+            "seal",
+            "seal_frames",
+            "seal_records",
+            "traffic",
+            "trailer_size",
+        }
         for name in names:
             assert name in stub
 

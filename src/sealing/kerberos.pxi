@@ -1,9 +1,9 @@
-# Kerberos's wrap tokens with confidentiality, RFC 4121 4.2, over RFC 3962 and RFC 8009.
+# Kerberos's wrap tokens, RFC 4121 4.2, with confidentiality or without, over RFC 3962 and RFC 8009.
 
 
 cdef struct Direction:
     # One direction of a Kerberos context.
-    EVP_CIPHER_CTX *cipher  # CBC, which runs on from message to message
+    EVP_CIPHER_CTX *cipher  # CBC, which runs on from message to message; NULL where messages are signed only
     Mac mac
     byte[BLOCK] seen  # the last ciphertext block that `cipher` has seen; zero before the first
     byte flags  # of the tokens that go this way
@@ -12,17 +12,20 @@ cdef struct Direction:
 cdef bint set_direction(
     Direction *direction, const Enctype *enctype, const byte *key, byte usage, bint encrypt, byte flags
 ) noexcept:
-    """Derive the keys for a key usage (RFC 3961 5.3: usage | AA to encrypt, usage | 55 for the MAC)."""
+    """Derive the keys for a key usage (RFC 3961 5.3: usage | AA to encrypt, usage | 55 for that MAC, usage | 99 for a MAC
+    alone)."""
     cdef byte[KEY_MAX] derived
     cdef byte[5] constant
-    cdef bint good
+    cdef bint sealed = flags & SEALED
+    cdef bint good = True
     memset(constant, 0, 5)
     constant[3] = usage
-    constant[4] = 0xAA
-    good = derive_key(enctype, key, constant, derived, enctype.key) and set_cipher(
-        &direction.cipher, enctype.cipher, derived, encrypt
-    )
-    constant[4] = 0x55
+    if sealed:
+        constant[4] = 0xAA
+        good = derive_key(enctype, key, constant, derived, enctype.key) and set_cipher(
+            &direction.cipher, enctype.cipher, derived, encrypt
+        )
+    constant[4] = 0x55 if sealed else 0x99
     good = (
         good
         and derive_key(enctype, key, constant, derived, enctype.integrity_key)
@@ -32,7 +35,7 @@ cdef bint set_direction(
             derived,
             enctype.integrity_key,
             enctype.hash_block,
-            BLOCK if enctype.mac_of_ciphertext else 0,
+            BLOCK if sealed and enctype.mac_of_ciphertext else 0,
         )
     )
     OPENSSL_cleanse(derived, KEY_MAX)
@@ -58,6 +61,9 @@ cdef class KerberosSealer(Sealer):
     # A token is the header, then `sealed` bytes of ciphertext (confounder, message, filler, copy of the header), then
     # the MAC; and all behind the header turned right by RRC. Sealing turns by a block and the MAC, which brings these
     # in front of the confounder's block: so what is as long as the message comes last, as in SSPI.
+    #
+    # One that is signed only is the header, the message and its MAC, which is over the message and the header with EC and RRC
+    # zero (RFC 4121 4.2.4); and turned by the MAC for the same reason.
     cdef Direction out
     cdef Direction into
     cdef size_t mac_size
@@ -72,6 +78,7 @@ cdef class KerberosSealer(Sealer):
         bint acceptor_subkey,
         object send_sequence,
         object receive_sequence,
+        bint encrypt=True,
     ):
         cdef const Enctype *kind = find_enctype(enctype)
         if length_of(key) != kind.key:
@@ -82,15 +89,19 @@ cdef class KerberosSealer(Sealer):
         self.receive_next = checked_sequence(receive_sequence, self.last)
         self.mac_size = kind.mac
         self.mac_of_ciphertext = kind.mac_of_ciphertext
-        self.trailer_size = HEADER + CONFOUNDER + HEADER + kind.mac
-        self.slack = 2 * BLOCK
-        self.scratch_needed = 2 * BLOCK
+        self.encrypt = encrypt
+        self.trailer_size = HEADER + kind.mac
+        if encrypt:
+            self.trailer_size += CONFOUNDER + HEADER
+            self.slack = 2 * BLOCK
+            self.scratch_needed = 2 * BLOCK
         fetch()
         if not kerberos_works:
             raise RuntimeError("not all that Kerberos needs is to be had here")
         cdef byte subkey = ACCEPTOR_SUBKEY if acceptor_subkey else 0
-        cdef byte from_initiator = SEALED | subkey
-        cdef byte from_acceptor = SEALED | SENT_BY_ACCEPTOR | subkey
+        cdef byte sealed = SEALED if encrypt else 0
+        cdef byte from_initiator = sealed | subkey
+        cdef byte from_acceptor = SENT_BY_ACCEPTOR | from_initiator
         # Key usages of RFC 4121 2: the acceptor seals with 22, the initiator with 24.
         cdef const byte *bare = start_of(key)
         if not (
@@ -108,10 +119,33 @@ cdef class KerberosSealer(Sealer):
         free_direction(&self.into)
 
     cdef int prepare(self, byte *token) except -1:
+        if not self.encrypt:
+            return 0
         # Where it will be encrypted. The message before this one writes less far than this beyond its end.
         return draw_confounder(token + HEADER + BLOCK + self.mac_size)
 
+    cdef void store_header(self, byte *to, byte flags, uint64_t number) noexcept nogil:
+        """A header with EC and RRC zero."""
+        to[0] = 0x05
+        to[1] = 0x04
+        to[2] = flags
+        to[3] = 0xFF
+        memset(to + 4, 0, 4)
+        store_u64_be(to + 8, number)
+
     cdef int seal_one(self, const byte *message, size_t size, byte *token, EVP_MD_CTX *work) noexcept nogil:
+        self.store_header(token, self.out.flags, self.send_next)
+        if self.encrypt:
+            return self.encrypt_one(message, size, token, work)
+        cdef byte[DIGEST_MAX] mac
+        if not authenticate(work, &self.out.mac, message, size, token, HEADER, mac):
+            return FAILED
+        token[5] = token[7] = <byte> self.mac_size
+        memcpy(token + HEADER, mac, self.mac_size)
+        memcpy(token + HEADER + self.mac_size, message, size)
+        return GOOD
+
+    cdef int encrypt_one(self, const byte *message, size_t size, byte *token, EVP_MD_CTX *work) noexcept nogil:
         cdef byte *text = token + HEADER + BLOCK + self.mac_size  # confounder (there already) | message | header
         cdef size_t sealed = CONFOUNDER + size + HEADER
         cdef size_t rest = sealed & (BLOCK - 1)  # bytes in the last block
@@ -120,12 +154,6 @@ cdef class KerberosSealer(Sealer):
         cdef size_t padded = sealed - rest + BLOCK
         cdef byte *last = text + padded - BLOCK
         cdef byte[DIGEST_MAX] mac
-        token[0] = 0x05
-        token[1] = 0x04
-        token[2] = self.out.flags
-        token[3] = 0xFF
-        memset(token + 4, 0, 4)
-        store_u64_be(token + 8, self.send_next)
         memcpy(text + CONFOUNDER, message, size)
         memcpy(text + CONFOUNDER + size, token, HEADER)
         memset(text + sealed, 0, padded - sealed)
@@ -157,19 +185,28 @@ cdef class KerberosSealer(Sealer):
         #
         # RFC 4121 4.2.5 wants rotations taken that are longer than what is turned. Nobody sends one, and to add the
         # length once more would change a bit of some messages and nothing else.
-        cdef size_t extra
+        cdef size_t extra, turn
         if size < HEADER:
             return MALFORMED
         if token[0] != 0x05 or token[1] != 0x04 or token[3] != 0xFF:
             return NOT_OURS
         if token[2] != self.into.flags:
-            return NOT_OURS if token[2] & SEALED else NOT_ENCRYPTED
+            if (token[2] ^ self.into.flags) != SEALED:
+                return NOT_OURS
+            return NOT_ENCRYPTED if self.encrypt else ENCRYPTED
         if size < self.trailer_size:
             return MALFORMED
+        # Filler, of what is encrypted; else the MAC's size.
         extra = load_u16_be(token + 4)
-        if extra > size - self.trailer_size or trailer != self.trailer_size + extra:
+        if not self.encrypt:
+            if extra != self.mac_size:
+                return MALFORMED
+            extra = 0
+        if extra > size - self.trailer_size or (trailer != WHOLE and trailer != self.trailer_size + extra):
             return MALFORMED
-        if load_u16_be(token + 6) >= size - HEADER:
+        # One whole turn is taken: of an empty message that is signed only, all of which SSPI (and we) turn by the MAC.
+        turn = load_u16_be(token + 6)
+        if turn >= size - HEADER and (self.encrypt or turn != self.mac_size):
             return MALFORMED
         opened[0] = size - self.trailer_size - extra
         return GOOD
@@ -177,6 +214,34 @@ cdef class KerberosSealer(Sealer):
     cdef int open_one(
         self, const byte *token, size_t size, byte *to, size_t opened, byte *scratch, EVP_MD_CTX *work
     ) noexcept nogil:
+        cdef byte[HEADER] header
+        self.store_header(header, self.into.flags, self.receive_next)
+        if memcmp(token + 8, header + 8, 8) != 0:
+            return OUT_OF_ORDER
+        if self.encrypt:
+            memcpy(header, token, 6)
+            return self.decrypt_one(token, size, header, to, opened, scratch, work)
+        cdef const byte *ring = token + HEADER
+        cdef size_t ring_size = size - HEADER
+        cdef size_t turn = load_u16_be(token + 6) % ring_size
+        cdef byte[DIGEST_MAX] mac, sent
+        copy_turned(to, ring, ring_size, turn, opened)
+        copy_turned(sent, ring, ring_size, (turn + opened) % ring_size, self.mac_size)
+        if not authenticate(work, &self.into.mac, to, opened, header, HEADER, mac):
+            return FAILED
+        return GOOD if CRYPTO_memcmp(mac, sent, self.mac_size) == 0 else ALTERED
+
+    cdef int decrypt_one(
+        self,
+        const byte *token,
+        size_t size,
+        const byte *header,
+        byte *to,
+        size_t opened,
+        byte *scratch,
+        EVP_MD_CTX *work,
+    ) noexcept nogil:
+        """`header` is the token's, with RRC zero, as it was encrypted with the message."""
         cdef const byte *ring = token + HEADER
         cdef size_t ring_size = size - HEADER
         cdef size_t turn = load_u16_be(token + 6)  # less than the ring, see `measure`
@@ -189,12 +254,6 @@ cdef class KerberosSealer(Sealer):
         cdef byte *last = scratch + whole + BLOCK
         cdef byte[DIGEST_MAX] mac, sent
         cdef byte[BLOCK] end, before
-        cdef byte[HEADER] header
-        memcpy(header, token, 6)
-        memset(header + 6, 0, 2)
-        store_u64_be(header + 8, self.receive_next)
-        if memcmp(token + 8, header + 8, 8) != 0:
-            return OUT_OF_ORDER
         copy_turned(sent, ring, ring_size, (turn + sealed) % ring_size, self.mac_size)
         if self.mac_of_ciphertext:
             if ring_size - turn >= sealed:

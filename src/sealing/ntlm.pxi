@@ -8,13 +8,22 @@ cdef class NTLMSealer(Sealer):
     cdef Mac mac_out
     cdef Mac mac_in
 
-    def __cinit__(self, bytes session_key not None, *, bint initiator, object send_sequence, object receive_sequence):
+    def __cinit__(
+        self,
+        bytes session_key not None,
+        *,
+        bint initiator,
+        object send_sequence,
+        object receive_sequence,
+        bint encrypt=True,
+    ):
         if length_of(session_key) != NTLM_KEY:
             raise ValueError(f"a session key has 16 bytes, not {len(session_key)}")
         self.last = U32_MAX
         self.send_next = checked_sequence(send_sequence, self.last)
         self.receive_next = checked_sequence(receive_sequence, self.last)
         self.trailer_size = NTLM_SIGNATURE
+        self.encrypt = encrypt
         fetch()
         if not ntlm_works:
             raise RuntimeError("there is no RC4 to be had here")
@@ -46,16 +55,25 @@ cdef class NTLMSealer(Sealer):
         cdef byte[DIGEST_MAX] checksum
         store_u32(token, 1)
         store_u32(token + 12, <uint32_t> self.send_next)
-        # The checksum goes through the same RC4, after the message.
+        # The checksum goes through the same RC4: after the message, or alone.
         if (
-            crypt(self.cipher_out, token + NTLM_SIGNATURE, message, size)
+            self.convert(self.cipher_out, token + NTLM_SIGNATURE, message, size)
             and authenticate(work, &self.mac_out, token + 12, 4, message, size, checksum)
             and crypt(self.cipher_out, token + 4, checksum, NTLM_CHECKSUM)
         ):
             return GOOD
         return FAILED
 
+    cdef inline bint convert(self, EVP_CIPHER_CTX *cipher, byte *to, const byte *source, size_t size) noexcept nogil:
+        """Encrypt or decrypt, which are the same, or neither."""
+        if self.encrypt:
+            return crypt(cipher, to, source, size)
+        memcpy(to, source, size)
+        return True
+
     cdef int measure(self, const byte *token, size_t size, size_t trailer, size_t *opened) noexcept nogil:
+        if trailer == WHOLE:
+            trailer = min(size, <size_t> NTLM_SIGNATURE)
         if trailer != NTLM_SIGNATURE:
             return MALFORMED
         opened[0] = size - NTLM_SIGNATURE  # the trailer is within it
@@ -69,7 +87,7 @@ cdef class NTLMSealer(Sealer):
         store_u32(expected, 1)
         store_u32(expected + 12, <uint32_t> self.receive_next)
         if not (
-            crypt(self.cipher_in, to, token + NTLM_SIGNATURE, opened)
+            self.convert(self.cipher_in, to, token + NTLM_SIGNATURE, opened)
             and authenticate(work, &self.mac_in, expected + 12, 4, to, opened, checksum)
             and crypt(self.cipher_in, expected + 4, checksum, NTLM_CHECKSUM)
         ):

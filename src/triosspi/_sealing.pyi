@@ -2,7 +2,8 @@
 
 A sealer takes over from a finished context, with its keys and its numbers, and each message has the next number. A
 *token* is ``trailer | ciphertext``, laid out as SSPI's `EncryptMessage` does with SECBUFFER_TOKEN and SECBUFFER_DATA; a
-*frame* is ``length | trailer_length | token``, every length a u32, little-endian, counting what follows it.
+*frame* is ``length | trailer_length | token``, every length a u32, little-endian, counting what follows it; a *record* is
+``length | token``, [MS-NNS] 2.2.2.
 
 It is there when the package was built where OpenSSL's headers are; whoever imports it must be able to do without.
 
@@ -40,6 +41,7 @@ class NTLMSealer:
       initiator: which side this is.
       send_sequence: the number of the first message to seal, 0..4294967295.
       receive_sequence: the number that the first message to open must have.
+      encrypt: False: messages are signed only, [MS-NLMP] 3.4.4.2; one that is encrypted does not open.
 
     Raises:
       ValueError: the key has another length, or a number is out of range.
@@ -54,7 +56,9 @@ class NTLMSealer:
     def traffic(self) -> tuple[int, int, int, int]:
         """How many messages were sealed, of how many bytes in all, and how many opened. Empty ones do not count."""
 
-    def __init__(self, session_key: bytes, *, initiator: bool, send_sequence: int, receive_sequence: int) -> None: ...
+    def __init__(
+        self, session_key: bytes, *, initiator: bool, send_sequence: int, receive_sequence: int, encrypt: bool = True
+    ) -> None: ...
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """Seal a message: (trailer, ciphertext).
 
@@ -69,6 +73,20 @@ class NTLMSealer:
         Raises:
           SealingError: see `seal`.
           ValueError: a message is too long for a frame.
+        """
+
+    def seal_records(self, data: bytes | bytearray | memoryview, piece: int) -> bytes:
+        """Seal a stretch of a byte stream into records, one behind the other in one buffer. If it raises, none was sealed.
+
+        Args:
+          data: whatever has its bytes in one piece; none make no record.
+          piece: bytes of data in each record but the last.
+
+        Raises:
+          SealingError: see `seal`.
+          ValueError: there can be no record of so many bytes.
+          BufferError: the bytes are not in one piece.
+          TypeError: these are none.
         """
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
@@ -88,9 +106,18 @@ class NTLMSealer:
           TypeError: frames is no list of bytes; then nothing was opened.
         """
 
+    def open_records(self, tokens: list[bytes]) -> tuple[bytes, SealingError | None]:
+        """Open the tokens of records, in order, into one piece of data. An empty message is no end, and adds nothing.
+
+        Stops before the first that does not open: what was good comes first, and with it why there is no more.
+
+        Raises:
+          TypeError: tokens is no list of bytes; then nothing was opened.
+        """
+
 @final
 class KerberosSealer:
-    """Wrap tokens of RFC 4121 with confidentiality, for AES (RFC 3962 and RFC 8009). In all else see `NTLMSealer`.
+    """Wrap tokens of RFC 4121, for AES (RFC 3962 and RFC 8009). In all else see `NTLMSealer`.
 
     Seals without filler and turned right (RRC) so that the ciphertext is as long as the message, as SSPI's buffers are.
     Opens with any filler and any rotation that is less than what it turns, divided so that the ciphertext is as long
@@ -103,6 +130,7 @@ class KerberosSealer:
       acceptor_subkey: whether the key is the acceptor's subkey.
       send_sequence: the number of the first message to seal, up to 18446744073709551614.
       receive_sequence: the number that the first message to open must have.
+      encrypt: False: messages are signed only, RFC 4121 4.2.4; one that is encrypted does not open.
 
     Raises:
       ValueError: the enctype is another, or its keys have another length, or a number is out of range.
@@ -111,7 +139,7 @@ class KerberosSealer:
 
     @property
     def trailer_size(self) -> int:
-        """Bytes that sealing adds: 60 for enctypes 17 and 18, 64 for 19, 72 for 20."""
+        """Bytes that sealing adds: 60 for enctypes 17 and 18, 64 for 19, 72 for 20; signing 28, 28, 32 and 40."""
 
     @property
     def traffic(self) -> tuple[int, int, int, int]:
@@ -126,6 +154,7 @@ class KerberosSealer:
         acceptor_subkey: bool,
         send_sequence: int,
         receive_sequence: int,
+        encrypt: bool = True,
     ) -> None: ...
     def seal(self, message: bytes) -> tuple[bytes, bytes]:
         """See `NTLMSealer.seal`."""
@@ -138,3 +167,8 @@ class KerberosSealer:
 
     def open_frames(self, frames: list[bytes], start: int = 0) -> tuple[list[bytes], SealingError | None]:
         """See `NTLMSealer.open_frames`."""
+    def seal_records(self, data: bytes | bytearray | memoryview, piece: int) -> bytes:
+        """See `NTLMSealer.seal_records`."""
+
+    def open_records(self, tokens: list[bytes]) -> tuple[bytes, SealingError | None]:
+        """See `NTLMSealer.open_records`."""
