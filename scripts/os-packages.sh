@@ -58,6 +58,7 @@ probe_heimdal_headers() {
 probe_samba() { have_daemon samba && have samba-tool; }
 probe_samba_provision() { [ -f /usr/share/samba/setup/provision.ldif ] || [ -f /usr/local/share/samba/setup/provision.ldif ]; }
 probe_haproxy() { have_daemon haproxy; }
+probe_mcs() { have mcs; }
 probe_gss_ntlmssp() { grep -qs '1\.3\.6\.1\.4\.1\.311\.2\.2\.10' /etc/gss/mech /etc/gss/mech.d/*.conf; }
 
 # ---- the lists: probe, Debian package ----
@@ -84,6 +85,8 @@ test_needs() {
     want probe_kadmin krb5-admin-server
     want probe_kinit krb5-user
     want probe_heimdal_headers heimdal-multidev
+    # For programs of .NET's, whose runtime comes from PyPI.
+    want probe_mcs mono-mcs
     # A load balancer, for its PROXY headers and health checks.
     want probe_haproxy haproxy
     offer probe_samba samba-ad-dc
