@@ -22,7 +22,7 @@ from pathlib import Path
 import trio
 
 from forge import Client
-from triosspi import Initiator, open_sspi_over_tcp_channel
+from triosspi import Initiator, open_negotiate_stream, open_sspi_over_tcp_channel
 from triosspi.service import account_editor
 
 PASSWORD = "a password of the crowd"
@@ -46,11 +46,11 @@ class Server:
 
 
 @contextmanager
-def serve(folder: Path, log: Path) -> Iterator[Server]:
+def serve(folder: Path, log: Path, *, wire: str = "framed") -> Iterator[Server]:
     """An echo server with one account, its log in a file."""
     accounts = folder / "accounts"
     account_editor.add(accounts, "DOM\\alice", PASSWORD)
-    command = [sys.executable, "-m", "triosspi", "serve", "--wire", "framed", "--host", "127.0.0.1", "--port", "0"]
+    command = [sys.executable, "-m", "triosspi", "serve", "--wire", wire, "--host", "127.0.0.1", "--port", "0"]
     # All come from one address, and the server is to bear the hostile ones, not to shut them out.
     command += ["--no-penalties", "--max-unauthenticated-per-source", "off", "--max-unauthenticated", "1000:30:2000"]
     with (
@@ -71,10 +71,15 @@ def serve(folder: Path, log: Path) -> Iterator[Server]:
 # Honest
 
 
-async def log_in_and_echo(port: int) -> float:
-    """Connect, log in, have one message echoed, say goodbye; returns the seconds until the echo."""
+async def log_in_and_echo(port: int, *, stream: bool = False) -> float:
+    """Connect, log in, have one message (or a NegotiateStream) echoed, leave; returns the seconds until the echo."""
     initiator = Initiator(username="DOM\\alice", password=PASSWORD, mechanism="ntlm")
     start = trio.current_time()
+    if stream:
+        async with await open_negotiate_stream("127.0.0.1", port, initiator) as talk:
+            await talk.send_all(b"hello")
+            assert await talk.receive_some() == b"hello"
+            return trio.current_time() - start
     async with await open_sspi_over_tcp_channel("127.0.0.1", port, initiator) as channel:
         await channel.send(b"hello")
         assert await channel.receive() == b"hello"
@@ -93,18 +98,18 @@ class Crowd:
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def honest_crowd(port: int, number: int, at_once: int) -> Crowd:
-    """Log in ``number`` times; any failure is an exception."""
+async def honest_crowd(port: int, number: int, at_once: int, *, streams: bool = False) -> Crowd:
+    """Log in ``number`` times, every other one with a NegotiateStream if there are streams; any failure is an exception."""
     crowd = Crowd()
     limit = trio.CapacityLimiter(at_once)
 
-    async def one() -> None:
+    async def one(stream: bool) -> None:
         async with limit:
-            crowd.seconds.append(await log_in_and_echo(port))
+            crowd.seconds.append(await log_in_and_echo(port, stream=stream))
 
     async with trio.open_nursery() as nursery:
-        for _ in range(number):
-            nursery.start_soon(one)
+        for index in range(number):
+            nursery.start_soon(one, streams and index % 2 == 0)
     return crowd
 
 
@@ -169,14 +174,70 @@ async def leaving(stream: trio.SocketStream, rng: random.Random) -> None:
 MISCHIEF: list[Mischief] = [half_open, resetting, trickling, lying, raving, guessing, leaving]
 
 
+# The same of .NET's NegotiateStream
+
+
+def stream_message(kind: int, payload: bytes) -> bytes:
+    return struct.pack(">BHH", kind, 0x0100, len(payload)) + payload
+
+
+async def receive_stream_message(stream: trio.SocketStream) -> bytes:
+    """Its id and payload; nothing where the server has closed."""
+    said = b""
+    while len(said) < 5 or len(said) < 5 + int.from_bytes(said[3:5], "big"):
+        if not (more := await stream.receive_some()):
+            return b""
+        said += more
+    return said[:1] + said[5:]
+
+
+async def stopping(stream: trio.SocketStream, rng: random.Random) -> None:
+    """Begins a message, and says no more."""
+    await stream.send_all(stream_message(0x16, Client().negotiate())[: rng.randrange(1, 30)])
+    await stream.receive_some()
+
+
+async def ambiguous(stream: trio.SocketStream, rng: random.Random) -> None:
+    """Begins as both wire formats do, and goes on as neither."""
+    await stream.send_all(b"\x16\x01\x00\x00" + rng.randbytes(rng.randrange(100)))
+    await stream.receive_some()
+
+
+async def confusing(stream: trio.SocketStream, rng: random.Random) -> None:
+    """Says that it is done, that it refuses, or what no message is."""
+    await stream.send_all(stream_message(0x16, Client().negotiate()))
+    await receive_stream_message(stream)
+    await stream.send_all(stream_message(rng.choice([0x14, 0x15, 0x16, 0x17]), rng.randbytes(rng.randrange(20))))
+    await stream.receive_some()
+
+
+async def guessing_thrice(stream: trio.SocketStream, rng: random.Random) -> None:
+    """Tries passwords until the server has had enough."""
+    answer = b"\x15"
+    tries = 0
+    while answer[:1] == b"\x15":
+        client = Client(user="alice", password=str(rng.random()))
+        await stream.send_all(stream_message(0x16, client.negotiate()))
+        if not (answer := await receive_stream_message(stream)):
+            break
+        await stream.send_all(stream_message(0x14, client.authenticate(answer[1:])))
+        answer = await receive_stream_message(stream)
+        tries += 1
+    assert tries <= 3
+
+
+STREAM_MISCHIEF: list[Mischief] = [stopping, ambiguous, confusing, guessing_thrice]
+
+
 @asynccontextmanager
-async def hostile_crowd(port: int, number: int) -> AsyncIterator[list[int]]:
+async def hostile_crowd(port: int, number: int, *, streams: bool = False) -> AsyncIterator[list[int]]:
     """Keep ``number`` hostile clients busy; yields a list in which one number counts their visits."""
     visits = [0]
+    kinds = MISCHIEF + (STREAM_MISCHIEF if streams else [])
 
     async def one(index: int) -> None:
         rng = random.Random(index)
-        mischief = MISCHIEF[index % len(MISCHIEF)]
+        mischief = kinds[index % len(kinds)]
         while True:
             stream = await trio.open_tcp_stream("127.0.0.1", port)
             async with stream:

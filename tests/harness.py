@@ -16,6 +16,7 @@ import triosspi
 from triosspi import Acceptor, Account, Initiator, WireFormat
 from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.security.ntlm.primitives import nt_hash
+from triosspi.session import BaseSession, StreamSession
 from triosspi.session.session import Session
 
 PASSWORD = "correct horse"
@@ -95,10 +96,11 @@ def say(session: Session, token: bytes) -> bytes:
     return session.step(received)[4:]
 
 
-def step_through(client: Session, server: Session) -> None:
+def step_through(client: BaseSession, server: BaseSession) -> None:
     """The whole handshake between two sessions."""
     data = client.step(None)
-    receiver, sender = server, client
+    receiver: BaseSession = server
+    sender: BaseSession = client
     while data:
         receiver.receive_data(data)
         token = receiver.next_token()
@@ -120,6 +122,19 @@ def make_sessions(
     return client, server
 
 
+def make_stream_sessions(
+    *, raw: bool = False, shake: bool = True, **options: Any
+) -> tuple[StreamSession, StreamSession]:
+    """The same for NegotiateStream. Raw NTLM is ProtectionLevel.None there unless the client asks for encryption, as ours does."""
+    client = StreamSession(make_initiator(raw=raw), **options)
+    server = StreamSession(make_acceptor(), **options)
+    if shake:
+        step_through(client, server)
+        assert client.established
+        assert server.established
+    return client, server
+
+
 def seal_record(session: Session, message: bytes) -> bytes:
     """One record of the framed format, sealed past every check."""
     trailer, ciphertext = session._context.seal(message)
@@ -132,9 +147,9 @@ def outcome(session: Session, pieces: Iterable[bytes]) -> list[Any]:
     try:
         for piece in pieces:
             session.receive_data(piece)
-            events += session.next_messages()
+            events += session.next_opened()
         # Once more: an error behind good messages is told by the next call.
-        events += session.next_messages()
+        events += session.next_opened()
     except triosspi.RemoteProtocolError as exc:
         events.append((type(exc), str(exc)))
     if session.receive_ended:
@@ -158,9 +173,11 @@ class PlainContext:
         self.may_block = may_block
         self.established = False
         self.trailer_size = trailer_size
-        self.frame_sealer = None
+        self.batch_sealer = None
+        self.encrypted = True
+        self.raw = False
         self.package_name = "Plain"
-        self.peer = SimpleNamespace(expires_at=None)
+        self.peer = SimpleNamespace(expires_at=None, impersonation_level="impersonation")
         self.tokens: list[bytes | None] = []
         self.on_seal: Callable[[], None] = lambda: None
         self._answers = list(answers)
@@ -186,6 +203,9 @@ class PlainContext:
         if int.from_bytes(trailer, "little") != self._opened:
             raise triosspi.UnsealError("out of order")
         return ciphertext
+
+    def open_token(self, token: bytes) -> bytes:
+        return self.open(token[: self.trailer_size], token[self.trailer_size :])
 
 
 class PlainCredential:

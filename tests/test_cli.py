@@ -21,7 +21,7 @@ import pytest
 import trio
 
 import triosspi
-from programs import MODULE, PATIENCE, SCRIPT, Running, run, running, stop_at_once, terminal
+from programs import MODULE, PATIENCE, SCRIPT, Running, environment, run, running, stop_at_once, terminal
 from triosspi import AccountFile, Initiator, open_sspi_over_tcp_channel
 from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.service import account_editor, cli
@@ -138,8 +138,8 @@ APPS = {
         (["serve", "--message", ""], 2, ["--message is empty"]),
         (["serve", "--message", "x" * 2029], 2, ["--message has 2029 bytes", "2028 at most"]),
         (["connect"], 2, ["Missing argument 'HOST[:PORT]'"]),
-        (["connect", "host", "--wire", "sample", "--message", "x"], 2, ["--message needs --wire framed"]),
-        (["connect", "host", "--message", "x"], 2, ["--message needs --wire framed"]),
+        (["connect", "host", "--wire", "sample", "--message", "x"], 2, ["--message needs another --wire"]),
+        (["connect", "host", "--message", "x"], 2, ["--message needs another --wire"]),
         (["connect", "host", "--wire", "framed", *LOGIN, "--message", ""], 2, ["--message is empty"]),
         (["connect", "host", "--timeout", "0"], 2, ["--timeout"]),
         (["connect", "host", "--password-stdin"], 2, ["a password needs --user"]),
@@ -738,3 +738,36 @@ def test_whoever_gives_up_at_the_prompt_has_changed_nothing(tmp_path: Path, key:
     assert user.shown.endswith("triosspi: aborted\n")
     assert "Traceback" not in user.shown
     assert os.listdir(tmp_path) == []
+
+
+# NegotiateStream, from end to end
+
+
+def test_connect_is_a_netcat_for_negotiate_streams(tmp_path: Path) -> None:
+    # Not text, and no whole lines.
+    data = bytes(range(256)) * 2000
+    with running("serve", "--wire", "auto", "--host", "127.0.0.1", "--port", "0", cwd=tmp_path) as server:
+        port = server.expect_port()
+        password = server.expect(r"password (\S+); in another")[1]
+        done = subprocess.run(
+            [
+                *MODULE,
+                "connect",
+                f"127.0.0.1:{port}",
+                "--wire",
+                "negotiate-stream",
+                "--mechanism",
+                "ntlm",
+                "--user",
+                "DEMO\\guest",
+                "--password-stdin",
+            ],
+            # What follows the password's line is the stream.
+            input=password.encode() + b"\n" + data,
+            capture_output=True,
+            env=environment(),
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == data

@@ -15,7 +15,14 @@ import trio
 import trio.testing
 
 from harness import SERVER_MESSAGE, dword, frame, make_acceptor, make_initiator
-from triosspi import ConfigurationError, MessageTooLongError, SSPIChannel, WireFormat, serve_sspi_over_tcp
+from triosspi import (
+    ConfigurationError,
+    MessageTooLongError,
+    SSPIChannel,
+    WireFormat,
+    serve_negotiate_stream_over_tcp,
+    serve_sspi_over_tcp,
+)
 from triosspi.service.apps import Greet, echo
 from triosspi.service.client import ConnectError, ConnectOptions, parse_address, run_client
 from triosspi.service.reasons import reason
@@ -95,7 +102,9 @@ class Conversation:
             messages=messages,
             timeout=30.0,
             read_line=partial(next, iter([*stdin.splitlines(keepends=True), b""])),
+            read=partial(next, iter([stdin, b""])),
             show=self.shown.append,
+            write=self.shown.append,
         )
 
     async def run(self) -> list[bytes]:
@@ -306,3 +315,62 @@ def test_the_reasons_of_several_addresses_are_given_once_each() -> None:
     assert reason(failure(refused, unreachable, refused)) == "Connection refused, Network is unreachable"
     assert reason(OSError("something else")) == "something else"
     assert reason(OSError(errno.ECONNREFUSED, "Error connecting to somewhere: refused")) == "Connection refused"
+
+
+# NegotiateStream: as netcat
+
+
+@asynccontextmanager
+async def serving_stream(handler: Callable[[Any], Awaitable[object]]) -> AsyncIterator[int]:
+    serve = partial(serve_negotiate_stream_over_tcp, handler, 0, make_acceptor(), host=HOST)
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(serve)
+        yield listener.transport_listener.socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+async def echo_all(stream: Any) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+async def test_standard_input_goes_to_the_stream_as_it_is_and_what_comes_is_shown_until_both_have_ended() -> None:
+    stdin = b"no line\n\n" + bytes(range(256)) * 1000
+    async with serving_stream(echo_all) as port:
+        shown = await Conversation(port, WireFormat.NEGOTIATE_STREAM, stdin=stdin).run()
+    assert b"".join(map(bytes, shown)) == stdin
+
+
+async def test_messages_go_to_the_stream_instead_of_standard_input() -> None:
+    async with serving_stream(echo_all) as port:
+        shown = await Conversation(port, WireFormat.NEGOTIATE_STREAM, b"one", b"two", stdin=b"three").run()
+    assert b"".join(map(bytes, shown)) == b"onetwo"
+
+
+async def test_a_server_that_has_said_all_is_still_told_the_rest() -> None:
+    heard: list[bytes] = []
+
+    async def handler(stream: Any) -> None:
+        await stream.send_all(b"hello")
+        await stream.send_eof()
+        heard.extend([bytes(data) async for data in stream])
+
+    async with serving_stream(handler) as port:
+        shown = await Conversation(port, WireFormat.NEGOTIATE_STREAM, stdin=b"the rest").run()
+    assert shown == [b"hello"]
+    assert b"".join(heard) == b"the rest"
+
+
+async def test_a_streams_refusal_is_told_with_the_servers_code_in_words() -> None:
+    async with serving_stream(echo_all) as port:
+        text = await Conversation(port, WireFormat.NEGOTIATE_STREAM, password="wrong").fail()
+    assert "SEC_E_LOGON_DENIED: unknown user or wrong password" in text
+
+
+async def test_a_stream_that_breaks_is_an_error() -> None:
+    async def handler(stream: Any) -> None:
+        await stream.transport_stream.send_all(b"\x20\0\0\0" + bytes(32))
+
+    async with serving_stream(handler) as port:
+        text = await Conversation(port, WireFormat.NEGOTIATE_STREAM, stdin=b"").fail()
+    assert "broke the protocol" in text

@@ -227,7 +227,15 @@ async def test_a_refused_peer_sees_the_end_and_no_reset_though_it_has_said_more_
 
 
 def test_the_recorder_knows_all_hooks():
+    # These are called by hooks that are known, or only read.
+    fixed = {"given_up", "may_try_again", "refusals", "refused"}
     hooks = {name for cls in (Attempt, ConnectionServer) for name in vars(cls) if not name.startswith("_")}
-    assert hooks - {"source", "started", "seconds", "serve", "handshake_timeout", "stopping", "out_of_time"} == set(
-        HOOKS
-    )
+    assert hooks - fixed - {
+        "source",
+        "started",
+        "seconds",
+        "serve",
+        "handshake_timeout",
+        "stopping",
+        "out_of_time",
+    } == set(HOOKS)

@@ -221,7 +221,7 @@ def test_mutants_of_a_sealed_record_never_open() -> None:
         server, record = _sealed_pair()
         server.receive_data(mutant)
         try:
-            messages = server.next_messages()
+            messages = server.next_opened()
         except RemoteProtocolError:
             refused += 1
             continue

@@ -95,7 +95,7 @@ def new_session(kdc: Kdc, service: str = "aes256", wire: WireFormat = WireFormat
 def receive(session: Session, trailer: bytes, ciphertext: bytes) -> list[bytes]:
     body = struct.pack("<I", len(trailer)) + trailer + ciphertext
     session.receive_data(struct.pack("<I", len(body)) + body)
-    return session.next_messages()
+    return session.next_opened()
 
 
 def sealed(session: Session, message: bytes) -> tuple[bytes, bytes]:
@@ -167,7 +167,7 @@ def test_row_k_an_ap_req_replayed_byte_for_byte_is_refused_in_words(kdc: Kdc, co
         say(new_session(kdc), token)
 
 
-@pytest.mark.parametrize("wire", WireFormat)
+@pytest.mark.parametrize("wire", [WireFormat.SAMPLE, WireFormat.FRAMED])
 @pytest.mark.parametrize("flags", [("conf",), ("conf", "integ"), ("conf", "integ", "replay", "sequence")])
 def test_row_p_sealing_alone_is_demanded_where_our_own_sealer_sees_to_the_order(
     kdc: Kdc, connect: Connect, flags: tuple[str, ...], wire: WireFormat
@@ -549,7 +549,7 @@ def test_our_rotation_is_byte_compatible_with_unwrap_winrm(kdc: Kdc) -> None:
         server = spnego.server(protocol="kerberos")
         answer = server.step(client.step())
         client.step(answer)
-    sealer = GSSWrapSealer(client, 60)
+    sealer = GSSWrapSealer(client, 60, encrypt=True)
     for size in range(70):
         trailer, ciphertext = sealer.seal(bytes(size))
         assert server.unwrap_winrm(trailer, ciphertext) == bytes(size)

@@ -40,15 +40,15 @@ def test_ntlm_gives_the_same_bytes_either_way(monkeypatch: pytest.MonkeyPatch, r
     by_pyspnego = {}
     real = context.take_over
 
-    def take_over(proxy: object, inner: object, *, initiator: bool) -> object:
-        by_pyspnego[initiator] = inner.make_sealer()  # type: ignore[attr-defined]
+    def take_over(proxy: object, inner: object, *, initiator: bool, encrypt: bool) -> object:
+        by_pyspnego[initiator] = inner.make_sealer(encrypt=True)  # type: ignore[attr-defined]
         assert isinstance(by_pyspnego[initiator], ProxySealer)
-        return real(proxy, inner, initiator=initiator)  # type: ignore[arg-type]
+        return real(proxy, inner, initiator=initiator, encrypt=encrypt)  # type: ignore[arg-type]
 
     monkeypatch.setattr(context, "take_over", take_over)
     client, server = make_sessions(raw=raw)
     for session, theirs in ((client, by_pyspnego[True]), (server, by_pyspnego[False])):
-        assert session._context.frame_sealer is not None
+        assert session._context.batch_sealer is not None
         for message in MESSAGES:
             assert sealed(session, message) == theirs.seal(message)
 
@@ -58,19 +58,19 @@ def test_ntlm_gives_the_same_bytes_either_way(monkeypatch: pytest.MonkeyPatch, r
 def test_ntlm_natively_talks_to_ntlm_by_pyspnego(monkeypatch: pytest.MonkeyPatch, which: str, raw: bool) -> None:
     real = context.take_over
 
-    def take_over(proxy: object, inner: object, *, initiator: bool) -> object:
+    def take_over(proxy: object, inner: object, *, initiator: bool, encrypt: bool) -> object:
         native_side = initiator == (which == "client")
-        return real(proxy, inner, initiator=initiator) if native_side else None  # type: ignore[arg-type]
+        return real(proxy, inner, initiator=initiator, encrypt=encrypt) if native_side else None  # type: ignore[arg-type]
 
     monkeypatch.setattr(context, "take_over", take_over)
     client, server = make_sessions(raw=raw)
-    assert (client._context.frame_sealer is None) is (which == "server")
-    assert (server._context.frame_sealer is None) is (which == "client")
+    assert (client._context.batch_sealer is None) is (which == "server")
+    assert (server._context.batch_sealer is None) is (which == "client")
     for sender, receiver in ((client, server), (server, client)) * 2:
         receiver.receive_data(sender.seal(MESSAGES))
-        assert receiver.next_messages() == MESSAGES
+        assert receiver.next_opened() == MESSAGES
     receiver.receive_data(sender.goodbye())
-    assert receiver.next_messages() == []
+    assert receiver.next_opened() == []
     assert receiver.receive_ended
 
 
@@ -112,16 +112,16 @@ def test_a_tracer_sees_each_message_though_sealing_is_native() -> None:
     tracer = Tracer()
     client, server = make_sessions(tracer=tracer)
     server.receive_data(client.seal(MESSAGES))
-    assert server.next_messages() == MESSAGES
+    assert server.next_opened() == MESSAGES
     assert tracer.messages == [(message, 16, len(message)) for message in MESSAGES]
 
 
 def test_the_samples_format_is_sealed_natively_too() -> None:
     client, server = make_sessions(wire=WireFormat.SAMPLE)
-    assert server._context.frame_sealer is not None
+    assert server._context.batch_sealer is not None
     client.receive_data(server.seal([b"This is your server speaking"]))
     client.receive_data(b"")
-    assert client.next_messages() == [b"This is your server speaking"]
+    assert client.next_opened() == [b"This is your server speaking"]
 
 
 def test_a_batch_with_a_message_that_cannot_be_sent_seals_none_of_it() -> None:
@@ -129,4 +129,4 @@ def test_a_batch_with_a_message_that_cannot_be_sent_seals_none_of_it() -> None:
     with pytest.raises(LocalProtocolError):
         client.seal([b"fine", b""])
     server.receive_data(client.seal([b"next"]))
-    assert server.next_messages() == [b"next"]
+    assert server.next_opened() == [b"next"]

@@ -15,6 +15,8 @@ import click
 import pytest
 import trio
 
+from peers import csharp
+from peers.requirements import require_nothing
 from programs import Running, environment, run, running, terminal
 from triosspi.service import cli
 from triosspi.service.apps import load_app
@@ -102,6 +104,21 @@ def test_the_server_and_the_client_say_what_the_readme_says_when_run_as_shown(di
     assert server.out.count("\n") == 3
 
 
+def test_the_dotnet_client_prints_what_the_readme_says_when_run_as_shown(directory: Path) -> None:
+    require_nothing(csharp.available())
+    (source,) = blocks("csharp")
+    assert len([line for line in source.splitlines() if line.strip(" {}")]) <= 10
+    (directory / "client.cs").write_text(source, encoding="utf-8")
+    (command,) = (line for block in blocks("sh") for line in block.splitlines() if "--wire negotiate-stream" in line)
+    assert "--port 2000" in command
+    words = shlex.split(command.replace("--port 2000", "--port 0"))
+    with running(*words[1:], "--host", "127.0.0.1", cwd=directory) as server:
+        client = csharp.command(directory / "client.cs")
+        arguments = ["127.0.0.1", str(server.expect_port()), "alice", PASSWORD, "DOM"]
+        done = run(*client[1:], *arguments, program=client[:1], cwd=directory)
+    assert (done.returncode, done.stdout) == (0, "Hello from .NET\n"), done.stderr
+
+
 def test_each_example_has_at_most_20_lines() -> None:
     examples = blocks("python")
     assert file_shown("server.py") in examples
@@ -170,7 +187,7 @@ def test_every_option_of_the_synopsis_exists_and_takes_the_values_shown(line: st
             if isinstance(parameter, click.Option)
             for name in parameter.opts
         }
-        for name, values in re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?: ([a-z]+(?:\|[a-z]+)+))?", line):
+        for name, values in re.findall(r"(?<![\w-])(--?[a-z][a-z0-9-]*)(?: ([a-z-]+(?:\|[a-z-]+)+))?", line):
             assert name in options, (command.name, name)
             if values:
                 choices = options[name].type

@@ -67,7 +67,7 @@ def exchange(
     """Every batch there, and back."""
     for batch in batches(random.Random(seed)):
         session.receive_data(join(seal(batch)))
-        assert session.next_messages() == batch
+        assert session.next_opened() == batch
         assert open_(split(session.seal(batch))) == batch
 
 

@@ -48,11 +48,14 @@ from triosspi import (
     Initiator,
     RemoteProtocolError,
     SSPIChannel,
+    SSPIStream,
     WireFormat,
+    serve_negotiate_stream_over_tcp,
     serve_sspi_over_tcp,
 )
 from triosspi.security.ntlm.accounts import AccountTable
 from triosspi.security.ntlm.primitives import channel_bindings_hash, nt_hash
+from triosspi.session import BaseSession, StreamSession
 from triosspi.session.session import Session
 
 BINDINGS = b"tls-server-end-point:" + bytes(32)
@@ -73,18 +76,73 @@ class Refused(Exception):
     """The acceptor wants no more of this peer."""
 
 
+class Framed:
+    """Tokens as the `framed` format has them, and the sample's."""
+
+    serve: Any = staticmethod(serve_sspi_over_tcp)
+    header = 4
+
+    @staticmethod
+    def session(acceptor: Acceptor) -> BaseSession:
+        return Session(acceptor, WireFormat.FRAMED)
+
+    @staticmethod
+    def pack(token: bytes) -> bytes:
+        return struct.pack("<I", len(token)) + token
+
+    @staticmethod
+    def size(header: bytes) -> int:
+        size: int = struct.unpack("<I", header)[0]
+        return size
+
+    @staticmethod
+    async def greet(channel: SSPIChannel[trio.SocketStream]) -> None:
+        await channel.send(b"welcome")
+
+
+class NegotiateStream:
+    """Tokens as .NET's NegotiateStream has them."""
+
+    serve: Any = staticmethod(serve_negotiate_stream_over_tcp)
+    header = 5
+
+    @staticmethod
+    def session(acceptor: Acceptor) -> BaseSession:
+        return StreamSession(acceptor)
+
+    @staticmethod
+    def pack(token: bytes) -> bytes:
+        return struct.pack(">BHH", 0x16, 0x0100, len(token)) + token
+
+    @staticmethod
+    def size(header: bytes) -> int:
+        # A refusal of a login that may be tried again has eight bytes, and is one.
+        kind, _, size = struct.unpack(">BHH", header)
+        if kind == 0x15:
+            raise Refused
+        return int(size)
+
+    @staticmethod
+    async def greet(stream: SSPIStream[trio.SocketStream]) -> None:
+        await stream.send_all(b"welcome")
+
+
+Wire = type[Framed] | type[NegotiateStream]
+
+
 class SessionTalk:
     """Tokens into a session by hand."""
 
-    def __init__(self, acceptor: Acceptor) -> None:
-        self._session = Session(acceptor, WireFormat.FRAMED)
+    def __init__(self, acceptor: Acceptor, wire: Wire) -> None:
+        self._wire = wire
+        self._session = wire.session(acceptor)
 
     def say(self, token: bytes, *, answers: bool = True) -> bytes:
-        self._session.receive_data(struct.pack("<I", len(token)) + token)
+        self._session.receive_data(self._wire.pack(token))
         try:
             received = self._session.next_token()
             assert received is not None
-            return self._session.step(received)[4:]
+            return self._session.step(received)[self._wire.header :]
         except RemoteProtocolError as exc:
             raise Refused(str(exc)) from exc
 
@@ -100,7 +158,8 @@ class SessionTalk:
 class LiveTalk:
     """Tokens over a socket to a server in another thread, which greets whom it has authenticated."""
 
-    def __init__(self, acceptor: Acceptor, log: pytest.LogCaptureFixture) -> None:
+    def __init__(self, acceptor: Acceptor, wire: Wire, log: pytest.LogCaptureFixture) -> None:
+        self._wire = wire
         self._principals: list[str] = []
         self._log = log
         self._stop: Callable[[], None] = lambda: None
@@ -112,13 +171,13 @@ class LiveTalk:
         self._socket = socket.create_connection(("127.0.0.1", ready[0]), timeout=10)
 
     def _run(self, acceptor: Acceptor, ready: list[int], started: threading.Event) -> None:
-        async def handler(channel: SSPIChannel[trio.SocketStream]) -> None:
+        async def handler(channel: Any) -> None:
             self._principals.append(channel.peer.principal)
-            await channel.send(b"welcome")
+            await self._wire.greet(channel)
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
-                listeners = await nursery.start(partial(serve_sspi_over_tcp, handler, 0, acceptor, host="127.0.0.1"))
+                listeners = await nursery.start(partial(self._wire.serve, handler, 0, acceptor, host="127.0.0.1"))
                 ready.append(listeners[0].transport_listener.socket.getsockname()[1])
                 token = trio.lowlevel.current_trio_token()
                 self._stop = lambda: token.run_sync_soon(nursery.cancel_scope.cancel)
@@ -134,13 +193,22 @@ class LiveTalk:
             except ConnectionResetError:
                 piece = b""
             if not piece:
-                raise Refused("\n".join(record.getMessage() for record in self._log.records))
+                raise self._refused()
             data += piece
         return data
 
+    def _refused(self) -> Refused:
+        return Refused("\n".join(record.getMessage() for record in self._log.records))
+
     def say(self, token: bytes, *, answers: bool = True) -> bytes:
-        self._socket.sendall(struct.pack("<I", len(token)) + token)
-        return self._read(struct.unpack("<I", self._read(4))[0]) if answers else b""
+        self._socket.sendall(self._wire.pack(token))
+        if not answers and self._wire is Framed:
+            return b""
+        header = self._read(self._wire.header)
+        try:
+            return self._read(self._wire.size(header))
+        except Refused:
+            raise self._refused() from None
 
     def who(self) -> str:
         self._read(4)
@@ -155,15 +223,22 @@ class LiveTalk:
 Connect = Callable[..., "SessionTalk | LiveTalk"]
 
 
+@pytest.fixture(params=[Framed, NegotiateStream], ids=["framed", "negotiate-stream"])
+def wire(request: pytest.FixtureRequest) -> Wire:
+    """The wire format: what is refused is refused on all."""
+    chosen: Wire = request.param
+    return chosen
+
+
 @pytest.fixture(params=["session", "live server"])
-def connect(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[Connect]:
+def connect(request: pytest.FixtureRequest, wire: Wire, caplog: pytest.LogCaptureFixture) -> Iterator[Connect]:
     """Connect to an acceptor made of the given options."""
     caplog.set_level(logging.INFO)
     open_talks: list[SessionTalk | LiveTalk] = []
 
     def connect(**options: object) -> SessionTalk | LiveTalk:
         acceptor = Acceptor(**{"accounts": accounts(), **options})  # type: ignore[arg-type]
-        talk = SessionTalk(acceptor) if request.param == "session" else LiveTalk(acceptor, caplog)
+        talk = SessionTalk(acceptor, wire) if request.param == "session" else LiveTalk(acceptor, wire, caplog)
         open_talks.append(talk)
         return talk
 
@@ -307,9 +382,21 @@ def test_row_c3_a_strong_flag_that_our_challenge_did_not_agree_to_does_not_count
         log_in(connect(), Client(negotiate_flags=GOOD_FLAGS & ~KEY_128, flags=GOOD_FLAGS))
 
 
-def test_row_c3_seal_need_not_be_set_and_other_bits_are_ignored(connect: Connect) -> None:
+def test_row_c3_seal_need_not_be_set_and_other_bits_are_ignored(connect: Connect, wire: Wire) -> None:
     flags = (GOOD_FLAGS & ~SEAL & ~ALWAYS_SIGN) | 0x00001000
-    assert log_in(connect(), Client(negotiate_flags=GOOD_FLAGS & ~SEAL, flags=flags)) == "DOM\\alice"
+    client = Client(negotiate_flags=GOOD_FLAGS & ~SEAL, flags=flags)
+    # Of a NegotiateStream bare NTLM without it is a client that wants its data unprotected.
+    log_in_somehow = log_in if wire is Framed else log_in_by_spnego
+    assert log_in_somehow(connect(), client) == "DOM\\alice"
+
+
+def test_row_c3_bare_ntlm_without_seal_is_refused_where_it_asks_for_no_protection(connect: Connect, wire: Wire) -> None:
+    client = Client(negotiate_flags=GOOD_FLAGS & ~SEAL, flags=GOOD_FLAGS & ~SEAL)
+    if wire is Framed:
+        assert log_in(connect(), client) == "DOM\\alice"
+    else:
+        with pytest.raises(Refused, match="no protection"):
+            log_in(connect(), client)
 
 
 # D: channel bindings
@@ -558,7 +645,7 @@ def test_row_o_no_token_is_logged_at_debug_unless_asked_for(caplog: pytest.LogCa
     caplog.set_level(logging.DEBUG)
 
     def begin() -> None:
-        log_in_by_spnego(SessionTalk(Acceptor(accounts=accounts())), Client())
+        log_in_by_spnego(SessionTalk(Acceptor(accounts=accounts()), Framed), Client())
         Initiator(username="alice", password="secret", mechanism="ntlm").new_context().step(None)
 
     begin()
@@ -597,7 +684,7 @@ def test_an_account_source_that_raises_is_one_refused_login(connect: Connect) ->
 
 
 def test_the_reason_quotes_a_hostile_name_on_one_line() -> None:
-    talk = SessionTalk(Acceptor(accounts=accounts()))
+    talk = SessionTalk(Acceptor(accounts=accounts()), Framed)
     with pytest.raises(Refused) as caught:
         log_in(talk, Client(user="x\nERROR forged \x1b[31m" + "y" * 200))
     text = str(caught.value)

@@ -17,15 +17,17 @@ from harness import (
     connected_channels,
     make_channels,
     make_sessions,
+    make_stream_sessions,
     plain_session,
     seal_record,
     tcp_channels,
 )
-from triosspi import RemoteProtocolError, SSPIChannel, WireFormat
+from triosspi import RemoteProtocolError, WireFormat
+from triosspi.channel import Endpoint
 from triosspi.channel import states as channel_states
 from triosspi.channel.states import BECOMES, State
+from triosspi.session import BaseSession
 from triosspi.session import states as session_states
-from triosspi.session.session import Session
 from triosspi.session.states import HEARING, OURS_BECOMES, OVER, PROVED, THEIRS_BECOMES, Ours, Theirs
 
 Table = dict[Any, frozenset[Any]]
@@ -66,9 +68,9 @@ def test_the_comment_shows_the_table(module, states, table):
 
 
 CHANGES = {
-    "ours": (Session, "_ours", "_say"),
-    "theirs": (Session, "_theirs", "_hear"),
-    "channel": (SSPIChannel, "_state", "_become"),
+    "ours": (BaseSession, "_ours", "_say"),
+    "theirs": (BaseSession, "_theirs", "_hear"),
+    "channel": (Endpoint, "_state", "_become"),
 }
 
 
@@ -89,7 +91,7 @@ def test_nothing_becomes_what_the_table_does_not_allow(name):
                 assert getattr(it, field) is state
 
 
-def check_derived(session: Session) -> None:
+def check_derived(session: BaseSession) -> None:
     assert session._said_all == (session._ours is Ours.SAID_ALL)
     assert session._hearing == (session._theirs in HEARING)
     assert session.receive_ended == (session._theirs in OVER)
@@ -134,12 +136,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> set[Step]:
     return steps
 
 
-def hear(session: Session, *data: bytes) -> None:
+def hear(session: BaseSession, *data: bytes) -> None:
     """Piece by piece, as if each had come by itself."""
     for piece in data:
         session.receive_data(piece)
         try:
-            while session.next_messages():
+            while session.next_opened():
                 pass
         except RemoteProtocolError:
             pass
@@ -164,6 +166,11 @@ def test_every_step_of_the_sessions_tables_is_taken(taken):
     # The sample's format, where each side has one thing to do.
     acceptor, initiator = (plain_session(usage, WireFormat.SAMPLE) for usage in ("accept", "initiate"))
     hear(initiator, acceptor.seal([b"hello"]), b"")
+    # A stream, which has no goodbye: its end after some data, and without any.
+    for data in ([b"hello"], []):
+        streams = make_stream_sessions()
+        hear(streams[1], *map(streams[0].seal_checked, data), b"")
+        streams[0].end()
     assert {step for step in taken if not isinstance(step[0], State)} == steps_of(OURS_BECOMES) | steps_of(
         THEIRS_BECOMES
     )
@@ -215,11 +222,11 @@ async def test_a_peer_that_has_proved_its_key_has_done_so_whatever_comes_behind_
     client, server = make_sessions()
     hear_first = client.seal([b"hello"]) + bytes([20, 0, 0, 0]) + bytes(20)
     server.receive_data(hear_first)
-    assert server.next_messages() == [b"hello"]
+    assert server.next_opened() == [b"hello"]
     assert server.peer_proved
     server.check_may_act_as_peer()
     with pytest.raises(RemoteProtocolError):
-        server.next_messages()
+        server.next_opened()
 
 
 async def test_a_send_that_breaks_the_channel_wakes_the_task_in_receive():

@@ -93,8 +93,8 @@ def ended(**more: Any) -> SessionEnd:
 
 def test_a_login_is_one_record_with_who_from_where_and_with_what(audit: Audit) -> None:
     told = Telemetry()
-    told.login(session_id=7, source=SOURCE, peer=ALICE, seconds=0.0123456789)
-    told.login(session_id=8, source="[2001:db8::1]:50001", peer=BOB, seconds=0.5)
+    told.login(session_id=7, source=SOURCE, peer=ALICE, wire="framed", seconds=0.0123456789)
+    told.login(session_id=8, source="[2001:db8::1]:50001", peer=BOB, wire="framed", seconds=0.5)
     ntlm, kerberos = audit.take()
     assert ntlm == {
         "level": "info",
@@ -103,6 +103,7 @@ def test_a_login_is_one_record_with_who_from_where_and_with_what(audit: Audit) -
         "source": SOURCE,
         "principal": "DOM\\alice",
         "mechanism": "ntlm",
+        "wire": "framed",
         "flags": ["REPLAY", "SEQUENCE", "CONF", "INTEG"],
         "mutual": False,
         "enctype": None,
@@ -118,6 +119,7 @@ def test_a_login_is_one_record_with_who_from_where_and_with_what(audit: Audit) -
         "source": "[2001:db8::1]:50001",
         "principal": "bob@EXAMPLE.COM",
         "mechanism": "kerberos",
+        "wire": "framed",
         "flags": ["DELEG", "MUTUAL", "REPLAY", "SEQUENCE", "CONF", "INTEG"],
         "mutual": True,
         "enctype": "aes256-cts-hmac-sha1-96",
@@ -179,7 +181,7 @@ def test_only_ends_that_somebody_should_look_at_are_warnings(outcome: str, audit
 
 def test_the_documented_fields_are_those_of_the_records(audit: Audit) -> None:
     told = Telemetry()
-    told.login(session_id=7, source=SOURCE, peer=BOB, seconds=1)
+    told.login(session_id=7, source=SOURCE, peer=BOB, wire="framed", seconds=1)
     told.login_refused(source=SOURCE, mechanism=None, reason="", seconds=1)
     told.session_ended(ended())
     told.dropped("penalty", SOURCE)
@@ -214,7 +216,7 @@ def test_everything_is_counted(audit: Audit) -> None:
     told.dropped("a cause of the future", SOURCE)
     told.accept_error(OSError(24, "Too many open files"))
     told.connections(3, 4)
-    told.login(session_id=1, source=SOURCE, peer=BOB, seconds=0.002)
+    told.login(session_id=1, source=SOURCE, peer=BOB, wire="framed", seconds=0.002)
     told.login_refused(source=SOURCE, mechanism="ntlm", reason="no", seconds=0.002)
     told.login_refused(source=SOURCE, mechanism=None, reason="late", seconds=30, timed_out=True)
     told.session_ended(ended(outcome="idle"))
@@ -398,7 +400,7 @@ def test_no_failure_reaches_the_server_and_only_the_first_is_told(
     told.dropped("penalty", SOURCE)
     told.accept_error(OSError(24, "Too many open files"))
     told.connections(1, 1)
-    told.login(session_id=1, source=SOURCE, peer=ALICE, seconds=1)
+    told.login(session_id=1, source=SOURCE, peer=ALICE, wire="framed", seconds=1)
     told.login_refused(source=SOURCE, mechanism=None, reason="", seconds=1)
     told.session_ended(ended())
     told.traffic(Traffic(1, 1, 1, 1))
@@ -414,7 +416,7 @@ def test_no_failure_reaches_the_server_and_only_the_first_is_told(
 
 def test_a_telemetry_that_nobody_listens_to_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     told = Telemetry()
-    told.login(session_id=1, source=SOURCE, peer=ALICE, seconds=1)
+    told.login(session_id=1, source=SOURCE, peer=ALICE, wire="framed", seconds=1)
     told.session_ended(ended())
     assert capsys.readouterr() == ("", "")
 
@@ -422,7 +424,7 @@ def test_a_telemetry_that_nobody_listens_to_is_silent(capsys: pytest.CaptureFixt
 def test_with_the_log_at_warning_only_what_went_wrong_is_recorded(audit: Audit) -> None:
     logs.configure("warning", "json")
     told = Telemetry()
-    told.login(session_id=1, source=SOURCE, peer=ALICE, seconds=1)
+    told.login(session_id=1, source=SOURCE, peer=ALICE, wire="framed", seconds=1)
     told.login_refused(source=SOURCE, mechanism=None, reason="no", seconds=1)
     told.session_ended(ended())
     told.session_ended(ended(outcome="lost", error="no"))

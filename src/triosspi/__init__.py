@@ -1,6 +1,7 @@
 """Windows-authenticated TCP for Trio: SSPI's Negotiate, then sealed messages.
 
-See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`.
+See `serve_sspi_over_tcp` and `open_sspi_over_tcp_channel`; and for .NET's NegotiateStream
+`serve_negotiate_stream_over_tcp` and `open_negotiate_stream`.
 """
 
 # Each name is imported when it is first asked for (PEP 562): a program that only reads an account file need not wait for
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ._errors import ImpersonationError as ImpersonationError
     from ._errors import LocalProtocolError as LocalProtocolError
     from ._errors import MessageTooLongError as MessageTooLongError
+    from ._errors import PeerRefusalError as PeerRefusalError
     from ._errors import RemoteProtocolError as RemoteProtocolError
     from ._errors import SSPIError as SSPIError
     from ._errors import TicketExpiredError as TicketExpiredError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .channel import Impersonator as Impersonator
     from .channel import RunBlocking as RunBlocking
     from .channel import SSPIChannel as SSPIChannel
+    from .channel import SSPIStream as SSPIStream
+    from .channel import StreamOptions as StreamOptions
     from .impersonation import AccountMap as AccountMap
     from .impersonation import Impersonation as Impersonation
     from .impersonation import LocalAccount as LocalAccount
@@ -42,10 +46,14 @@ if TYPE_CHECKING:
     from .security.ntlm.accounts import AccountFile as AccountFile
     from .security.ntlm.accounts import AccountSource as AccountSource
     from .session import Tracer as Tracer
+    from .tcp import NegotiateStreamListener as NegotiateStreamListener
     from .tcp import ServerStatistics as ServerStatistics
     from .tcp import SSPIListener as SSPIListener
+    from .tcp import open_negotiate_stream as open_negotiate_stream
+    from .tcp import open_negotiate_stream_listeners as open_negotiate_stream_listeners
     from .tcp import open_sspi_over_tcp_channel as open_sspi_over_tcp_channel
     from .tcp import open_sspi_over_tcp_listeners as open_sspi_over_tcp_listeners
+    from .tcp import serve_negotiate_stream_over_tcp as serve_negotiate_stream_over_tcp
     from .tcp import serve_sspi_listeners as serve_sspi_listeners
     from .tcp import serve_sspi_over_tcp as serve_sspi_over_tcp
     from .wire import WireFormat as WireFormat
@@ -60,6 +68,7 @@ _HOMES: Final = {
     "ImpersonationError": "_errors",
     "LocalProtocolError": "_errors",
     "MessageTooLongError": "_errors",
+    "PeerRefusalError": "_errors",
     "RemoteProtocolError": "_errors",
     "SSPIError": "_errors",
     "TicketExpiredError": "_errors",
@@ -69,6 +78,8 @@ _HOMES: Final = {
     "Impersonator": "channel",
     "RunBlocking": "channel",
     "SSPIChannel": "channel",
+    "SSPIStream": "channel",
+    "StreamOptions": "channel",
     "AccountMap": "impersonation",
     "Impersonation": "impersonation",
     "LocalAccount": "impersonation",
@@ -82,10 +93,14 @@ _HOMES: Final = {
     "AccountFile": "security.ntlm.accounts",
     "AccountSource": "security.ntlm.accounts",
     "Tracer": "session",
+    "NegotiateStreamListener": "tcp",
     "ServerStatistics": "tcp",
     "SSPIListener": "tcp",
+    "open_negotiate_stream": "tcp",
+    "open_negotiate_stream_listeners": "tcp",
     "open_sspi_over_tcp_channel": "tcp",
     "open_sspi_over_tcp_listeners": "tcp",
+    "serve_negotiate_stream_over_tcp": "tcp",
     "serve_sspi_listeners": "tcp",
     "serve_sspi_over_tcp": "tcp",
     "WireFormat": "wire",

@@ -171,12 +171,56 @@ class AuthenticationError(RemoteProtocolError):
       mechanism (str | None): ``"ntlm"`` or ``"kerberos"``, where the handshake had come to one.
       principal (str | None): as whom the peer tried to log in by NTLM, where it came to that: an account's own name, or
           the name that the peer chose, of any length and whatever is in it, if there is none. To count by, not to be shown.
+      untrusted (bool): not the login was refused, but what it was for: another service, or messages less protected than is
+          demanded here. Some wire formats tell the peer that much, see `triosspi.wire.negotiate_stream`.
     """
 
-    def __init__(self, text: str = "", *, mechanism: str | None = None, principal: str | None = None) -> None:
+    def __init__(
+        self, text: str = "", *, mechanism: str | None = None, principal: str | None = None, untrusted: bool = False
+    ) -> None:
         super().__init__(text)
         self.mechanism = mechanism
         self.principal = principal
+        self.untrusted = untrusted
+
+
+# What NegotiateStream peers say, by the codes of winerror.h.
+_REFUSALS = {
+    5: "ERROR_ACCESS_DENIED: not allowed",
+    1326: "ERROR_LOGON_FAILURE: unknown user or wrong password",
+    1790: "ERROR_TRUST_FAILURE: the target name, the impersonation level or the protection level is not accepted there",
+    0x80090302: "SEC_E_UNSUPPORTED_FUNCTION: what was asked for is not supported there",
+    0x80090303: "SEC_E_TARGET_UNKNOWN: the target name is not known there",
+    0x80090304: "SEC_E_INTERNAL_ERROR: an error of the peer's own",
+    0x80090305: "SEC_E_SECPKG_NOT_FOUND: the mechanism is not supported there",
+    0x80090308: "SEC_E_INVALID_TOKEN: our token was not understood",
+    0x8009030C: "SEC_E_LOGON_DENIED: unknown user or wrong password",
+    0x8009030D: "SEC_E_UNKNOWN_CREDENTIALS: the credentials were not recognised",
+    0x8009030E: "SEC_E_NO_CREDENTIALS: the peer has no credentials of its own",
+    0x8009030F: "SEC_E_MESSAGE_ALTERED: our token was altered on its way",
+    0x80090311: "SEC_E_NO_AUTHENTICATING_AUTHORITY: the peer reaches no domain controller",
+    0x80090322: "SEC_E_WRONG_PRINCIPAL: the target name is not the peer's",
+    0x80090324: "SEC_E_TIME_SKEW: the clocks are too far apart",
+    0x80090346: "SEC_E_BAD_BINDINGS: the channel bindings do not match",
+}
+
+
+class PeerRefusalError(AuthenticationError):
+    """The peer has said that the handshake has failed, where the wire format lets it ([MS-NNS] 2.2.1).
+
+    Attributes:
+      code (int | None): the HRESULT or Win32 code that it gave, unsigned; None where it gave none.
+    """
+
+    def __init__(self, code: int | None) -> None:
+        if code is None:
+            why = "it gave no reason"
+        else:
+            # Small numbers are Win32's, and written as such.
+            number = str(code) if code <= 0xFFFF else f"{code:#010x}"
+            why = _REFUSALS.get(code, "no code that is known here") + f" ({number})"
+        super().__init__(f"the peer refuses the login: {why}")
+        self.code = code
 
 
 class ForeignProtocolError(AuthenticationError):

@@ -1,52 +1,20 @@
-"""`SSPIChannel`: a session over a Trio stream."""
-
-# All the thinking about bytes and cryptography is in `session`; what is left is when to wait.
-#
-# Two tasks may use a channel at once, one sending and one receiving, as with a Trio stream, and a third
-# may close it. The rules that make this safe:
-#
-# * Seal order must be wire order. Sealing happens within the send detector's region, with no checkpoint
-#   between it and `send_all`. Whatever interrupts `send_all` (Cancelled too) may have cut a record in
-#   two, and has in any case used up a sequence number: the channel is broken then. So what cannot be sent
-#   is refused before sealing begins, and from there on no exception is harmless, whatever its type says:
-#   the transport may be a stranger's adapter, or another channel.
-# * Receiving is cancel-safe: there is no await between reading the transport and storing what it gave,
-#   nor between taking messages out and returning them. So the checkpoint of the fast path comes first.
-# * The handshake is done once, by the task that needs it first; the others wait for its end, good or bad.
-#   (Trio's own `_Once` leaves a second waiter hanging when the first one fails.)
-#
-# What a channel may do when is in `states`, and how it is closed in `farewell`.
+"""`SSPIChannel`: messages. What it has in common with a byte stream is in `endpoint`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Final, Generic, TypeVar, TypeVarTuple, Unpack
+from collections.abc import Coroutine, Sequence
+from typing import Any, Generic, Unpack
 
 import trio
 
-from .._errors import LocalProtocolError, RemoteProtocolError, SSPIError, TruncatedError, without_frames
 from ..security.credentials import Acceptor, Initiator
-from ..security.identity import ContextSizes, PeerIdentity, Traffic
+from ..security.identity import ContextSizes
 from ..session import Session, Tracer
-from .farewell import LOST, part
-from .handshake import shake_hands
-from .options import ChannelKeywords, ChannelOptions, takes_channel_options
-from .states import BECOMES, BROKEN, CLOSED, HANDSHAKE, NEW, OPEN, STOPPED, State
-
-log = logging.getLogger("triosspi.impersonation")
-
-# One for all channels: it is replaced, never filled.
-_NOTHING: Final[list[bytes]] = []
-
-_RECEIVING: Final = "another task is receiving on this SSPIChannel"
-
-StreamT = TypeVar("StreamT", bound=trio.abc.Stream)
-T = TypeVar("T")
-Ts = TypeVarTuple("Ts")
+from .endpoint import Endpoint, StreamT
+from .options import ChannelKeywords, ChannelOptions, takes_options
 
 
-class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
+class SSPIChannel(Endpoint[StreamT], trio.abc.Channel[bytes], Generic[StreamT]):
     r"""Sealed messages over a byte stream, with a peer authenticated by SSPI's Negotiate.
 
     A message that is sent arrives whole or not at all, once, and in order; nobody but the two sides
@@ -69,26 +37,11 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
       tracer: see above.
     """
 
-    # Each idle connection holds one of these, a session, a sealer and a task; each field is paid thousands of times.
-    __slots__ = (
-        "__weakref__",
-        "_cause",
-        "_handshake_over",
-        "_impersonation",
-        "_leads_to",
-        "_left",
-        "_receiver_gone",
-        "_receiving",
-        "_relayable",
-        "_run_blocking",
-        "_sending",
-        "_session",
-        "_state",
-        "tracer",
-        "transport_stream",
-    )
+    __slots__ = ()
 
-    @takes_channel_options
+    _session: Session
+
+    @takes_options(ChannelOptions)
     def __init__(
         self,
         transport_stream: StreamT,
@@ -98,52 +51,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         **options: Unpack[ChannelKeywords],
     ) -> None:
         chosen = ChannelOptions(**options)
-        self.transport_stream: StreamT = transport_stream
-        self._session = Session(credential, chosen.wire, max_message_size=chosen.max_message_size, tracer=tracer)
-        self.tracer = tracer
-        self._run_blocking = chosen.run_blocking
-        self._impersonation = chosen.impersonation
-        # Whether an NTLM login that was meant for another service is let in.
-        self._relayable = isinstance(credential, Acceptor) and credential.require_target != "require"
-        self._state: State = NEW
-        # What a handshake that succeeds makes of it.
-        self._leads_to: State = OPEN
-        # Why it is BROKEN.
-        self._cause: BaseException | None = None
-        # During HANDSHAKE, what other tasks wait for.
-        self._handshake_over: trio.Event | None = None
-        # Whether a task is in there. Flags, looked after by hand: a context manager is two calls for each message.
-        self._sending = False
-        self._receiving = False
-        # What `aclose` waits for when a task is in `receive`.
-        self._receiver_gone: trio.Event | None = None
-        # Opened and not returned yet, the next one last.
-        self._left = _NOTHING
-
-    # What the handshake found
-
-    def _established(self) -> Session:
-        if not self._session.established:
-            raise trio.NeedHandshakeError("call do_handshake() first")
-        return self._session
-
-    @property
-    def peer(self) -> PeerIdentity:
-        """Who is there.
-
-        Raises:
-          trio.NeedHandshakeError: before the handshake.
-        """
-        return self._established().peer
-
-    @property
-    def package_name(self) -> str:
-        """``"NTLM"`` or ``"Kerberos"``: SSPI's SECPKG_ATTR_NEGOTIATION_INFO.
-
-        Raises:
-          trio.NeedHandshakeError: before the handshake.
-        """
-        return self._established().package_name
+        session = Session(credential, chosen.wire, max_message_size=chosen.max_message_size, tracer=tracer)
+        super().__init__(transport_stream, session, credential, chosen, tracer)
 
     @property
     def sizes(self) -> ContextSizes:
@@ -152,118 +61,8 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
         Raises:
           trio.NeedHandshakeError: before the handshake.
         """
-        return self._established().sizes
-
-    @property
-    def traffic(self) -> Traffic:
-        """What was sent and received so far.
-
-        Raises:
-          trio.NeedHandshakeError: before the handshake.
-        """
-        return self._established().traffic
-
-    @property
-    def peer_left(self) -> bool:
-        """Whether the peer has said goodbye, and the goodbye was received."""
-        return self._session.peer_left
-
-    # State
-
-    def _become(self, state: State) -> None:
-        assert state in BECOMES[self._state], f"{self._state} cannot become {state}"
-        self._state = state
-
-    @property
-    def _stopped(self) -> bool:
-        return self._state is STOPPED
-
-    def _check_usable(self) -> None:
-        if self._state is CLOSED:
-            raise trio.ClosedResourceError("this SSPIChannel is closed")
-        if self._state is BROKEN:
-            raise trio.BrokenResourceError(str(self._cause) or type(self._cause).__name__) from self._cause
-
-    def _check_receiving(self) -> None:
-        self._check_usable()
-        if self._stopped:
-            raise trio.EndOfChannel
-
-    def give_up(self, exc: BaseException) -> None:
-        """Break the channel, unless it is broken or closed already: what it was made for has failed.
-
-        Args:
-          exc: the cause, which every later use tells.
-        """
-        if self._state is BROKEN or self._state is CLOSED:
-            return
-        self._become(BROKEN)
-        self._cause = exc
-        if isinstance(exc, trio.BrokenResourceError):
-            # The stream's own error says only that; what it was is behind it. And an acceptor that
-            # refuses a login may well reset the connection where another one would end it. Where the stream is
-            # another channel's, how that one's peer left says nothing of ours.
-            foreign = isinstance(exc.__cause__, (SSPIError, trio.EndOfChannel))
-            self._cause = self._session.explain_end() or (None if foreign else exc.__cause__) or exc
-        elif isinstance(exc, trio.EndOfChannel):
-            self._cause = TruncatedError("the transport raised EndOfChannel, which is no goodbye", at_boundary=False)
-
-    def _translate(self, exc: BaseException, *, cancel_breaks: bool) -> None:
-        """Turn what the transport and the session raise into the channel's state, and raise Trio's error for it.
-
-        Returns where the error is to go on as it is.
-        """
-        if isinstance(exc, trio.EndOfChannel) and self._stopped and not cancel_breaks:
-            # Our own, from `stop_receiving`.
-            return
-        if cancel_breaks or not isinstance(exc, trio.Cancelled):
-            self.give_up(exc)
-        if isinstance(exc, LOST):
-            self._check_usable()
-
-    # Handshake
-
-    async def do_handshake(self) -> None:
-        """Authenticate, unless that was done or is being done by another task, which is waited for.
-
-        Not cancel-safe: a cancelled handshake breaks the channel. There is no time limit; use
-        `trio.fail_after`.
-
-        Raises:
-          trio.BrokenResourceError: it failed; the cause is an `AuthenticationError` if the peer's
-              login (or ours) was refused.
-          trio.ClosedResourceError: the channel was closed.
-        """
-        self._check_usable()
-        await self._ensure_handshake(checkpoint=True)
-
-    async def _ensure_handshake(self, *, checkpoint: bool) -> None:
-        if self._state is HANDSHAKE:
-            assert self._handshake_over is not None
-            await self._handshake_over.wait()
-        elif self._state is NEW:
-            self._become(HANDSHAKE)
-            self._handshake_over = trio.Event()
-            try:
-                await shake_hands(self._session, self.transport_stream, self._run_blocking)
-                # Somebody may have closed it meanwhile, or given it up.
-                self._check_usable()
-                self._become(self._leads_to)
-            except BaseException as exc:
-                if isinstance(exc, LOST):
-                    # They hold tokens, against which passwords can be tried.
-                    without_frames(exc)
-                self._translate(exc, cancel_breaks=True)
-                raise
-            finally:
-                # In any case, or other tasks that wait for the handshake would wait for ever.
-                self._handshake_over.set()
-                self._handshake_over = None
-        elif checkpoint:
-            await trio.lowlevel.checkpoint()
-        self._check_usable()
-
-    # Sending
+        self._established()
+        return self._session.sizes
 
     async def send(self, value: bytes) -> None:
         """Seal one message and send it.
@@ -281,49 +80,14 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
           trio.BusyResourceError: another task is sending.
           trio.ClosedResourceError: the channel is closed.
         """
-        await self.send_many((value,))
+        await self._send((value,))
 
-    async def send_many(self, messages: Sequence[bytes]) -> None:
-        """Seal messages in order and send them at once: one buffer, one `send_all`.
+    def send_many(self, messages: Sequence[bytes]) -> Coroutine[Any, Any, None]:
+        """Seal messages in order and send them at once: one buffer, one `send_all`. To be awaited.
 
         See `send` for details. When one message cannot be sent, none is.
         """
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this SSPIChannel")
-        self._sending = True
-        try:
-            if self._state is not OPEN:
-                self._check_usable()
-                await self._ensure_handshake(checkpoint=False)
-            # Here a cancellation costs nothing yet.
-            await trio.lowlevel.checkpoint_if_cancelled()
-            if self._state is not OPEN:
-                self._check_usable()
-            session = self._session
-            if session.peer_left:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                # The cause tells it from a lost connection.
-                raise trio.BrokenResourceError(
-                    "the peer has said goodbye, and reads nothing more"
-                ) from trio.EndOfChannel()
-            # Not its truth: what has no length, as a generator, would be used up by the check, and nothing be sent.
-            if len(messages) == 0:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                return
-            # What is refused here costs nothing; what fails from here on has used up a sequence number.
-            session.check_messages(messages)
-            try:
-                await self.transport_stream.send_all(session.seal_checked(messages))
-            except BaseException as exc:
-                self._translate(exc, cancel_breaks=True)
-                raise
-        finally:
-            self._sending = False
-            if self._stopped or self._state is BROKEN:
-                # It waits for a message that `receive` would not return any more.
-                self._wake_receiver()
-
-    # Receiving
+        return self._send(messages)
 
     async def receive(self) -> bytes:
         """The next message.
@@ -339,176 +103,19 @@ class SSPIChannel(trio.abc.Channel[bytes], Generic[StreamT]):
           trio.BusyResourceError: another task is receiving.
           trio.ClosedResourceError: the channel is closed.
         """
-        if not self._left:
-            messages = await self.receive_many()
-            # No await from here on, or a cancellation would lose them.
-            message = messages[0]
-            if len(messages) > 1:
-                messages.reverse()
-                messages.pop()
-                self._left = messages
-            return message
-        if self._receiving:
-            raise trio.BusyResourceError(_RECEIVING)
-        self._receiving = True
-        try:
-            await trio.lowlevel.checkpoint()
-            self._check_receiving()
-            return self._left.pop()
-        finally:
-            self._leave_receive()
+        if self._left:
+            left: list[bytes] = await self._receive_left(1)
+            return left[0]
+        messages: list[bytes] = await self._receive_opened()
+        # No await from here on, or a cancellation would lose them.
+        if len(messages) > 1:
+            self._leave(messages, 1)
+        return messages[0]
 
-    async def receive_many(self) -> list[bytes]:
-        """Every message at hand, at least one.
+    def receive_many(self) -> Coroutine[Any, Any, list[bytes]]:
+        """Every message at hand, at least one. To be awaited.
 
         See `receive` for details. One wake-up of a task costs many times what a message costs, so a
         peer that sends without waiting is served best by this and `send_many`.
         """
-        # All in one coroutine: each further one costs every message a tenth of a microsecond, and every idle
-        # connection a third of a KiB.
-        if self._receiving:
-            raise trio.BusyResourceError(_RECEIVING)
-        self._receiving = True
-        try:
-            if self._state is not OPEN:
-                self._check_usable()
-                await self._ensure_handshake(checkpoint=False)
-                if self._stopped:
-                    await trio.lowlevel.checkpoint()
-                    raise trio.EndOfChannel
-            session = self._session
-            try:
-                if not self._left and (messages := session.next_messages()):
-                    # They came together with the handshake's end.
-                    messages.reverse()
-                    self._left = messages
-                if self._left:
-                    # Not taken before the checkpoint: a cancellation would lose them.
-                    await trio.lowlevel.checkpoint()
-                    self._check_receiving()
-                    messages, self._left = self._left, _NOTHING
-                    messages.reverse()
-                    return messages
-                while not session.receive_ended:
-                    session.receive_data(await self.transport_stream.receive_some())
-                    if self._state is not OPEN:
-                        # Closed meanwhile? Then the peer's end is not ours to tell.
-                        self._check_receiving()
-                    if messages := session.next_messages():
-                        return messages
-            except BaseException as exc:
-                if self._stopped and isinstance(exc, trio.ClosedResourceError):
-                    # `_wake_receiver`: nothing is closed.
-                    raise trio.EndOfChannel from None
-                self._translate(exc, cancel_breaks=False)
-                raise
-            raise trio.EndOfChannel
-        finally:
-            self._leave_receive()
-
-    def stop_receiving(self) -> None:
-        """Take no more messages, as a server does that is about to stop.
-
-        From now on `receive` raises `trio.EndOfChannel` as if the peer had said goodbye, also in a task
-        that waits in it; sending goes on. So a handler that answers what it receives answers the last
-        it has got, ends, and closes the channel, which tells the peer. What has come and was not
-        received is dropped: to the peer that is a request without an answer before our goodbye, which it
-        may send again elsewhere.
-
-        May be called at any time, and again. A task that waits for a message wakes at once over a
-        socket; over any other stream only when the peer sends something.
-        """
-        self._leads_to = STOPPED
-        if self._state is OPEN:
-            self._become(STOPPED)
-            self._left = _NOTHING
-            self._wake_receiver()
-
-    def _wake_receiver(self) -> None:
-        # `notify_closing` wakes tasks that wait to write the socket, too, and would cut a record in two. So it is not called
-        # while a task is sending, which calls this when it is done.
-        if self._receiving and not self._sending and isinstance(self.transport_stream, trio.SocketStream):
-            trio.lowlevel.notify_closing(self.transport_stream.socket)
-
-    def _leave_receive(self) -> None:
-        self._receiving = False
-        if self._receiver_gone is not None:
-            self._receiver_gone.set()
-
-    # Impersonation
-
-    async def run_as_peer(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
-        """Run ``function(*args)``, which is not async, in a thread of its own that is the peer meanwhile.
-
-        An acceptor's only, with an `Impersonation`: see there what the function may count on and what
-        not. With the `framed` format a message of the peer's must have been received before: a login
-        alone may have been relayed by somebody who does not have its key. In the `sample` format a peer
-        says nothing, so there an NTLM login is taken at its word, and a warning is logged unless the
-        acceptor demands that it was meant for this service (``require_target="require"``).
-
-        Waits for the function's end also when it is cancelled.
-
-        Returns:
-          What the function returns. What it raises is raised.
-
-        Raises:
-          ImpersonationError: the peer has no account here; the function was not called.
-          LocalProtocolError: the channel has no `Impersonation`, is an initiator's, or the peer has
-              not proved its key yet.
-          trio.NeedHandshakeError: before the handshake.
-          trio.BrokenResourceError: the connection is gone, or the peer's Kerberos ticket has ended.
-          trio.ClosedResourceError: the channel is closed.
-        """
-        self._check_usable()
-        session = self._established()
-        if self._impersonation is None:
-            raise LocalProtocolError("impersonation is off: it needs impersonation=Impersonation(...)")
-        try:
-            session.check_may_act_as_peer()
-        except RemoteProtocolError as exc:
-            self._translate(exc, cancel_breaks=False)
-        if not session.peer_proved and session.peer.mechanism == "ntlm" and self._relayable:
-            log.warning(
-                "%s: to be impersonated, though the NTLM login may be relayed from another service: "
-                "require_target='require' refuses those",
-                session.peer,
-            )
-        return await self._impersonation.run_as_peer(session.peer, function, *args, native=session.native)
-
-    # Closing
-
-    async def aclose(self) -> None:
-        """Say goodbye and close, losing nothing of what was sent.
-
-        Takes at most two seconds, whatever the peer does, and next to none with a peer that closes
-        when it is told to: the goodbye is sent, then the transport's end, and meanwhile and afterwards
-        what the peer still sends is read and dropped until its end. When this is cancelled, or another task is sending
-        meanwhile, the transport is closed at once. Always leaves everything closed.
-        """
-        if self._state is CLOSED:
-            await trio.lowlevel.checkpoint()
-            return
-        polite = self._state in (OPEN, STOPPED) and not self._sending
-        self._become(CLOSED)
-        # Its traceback leads back here: a cycle, which only the garbage collector would find.
-        self._cause = None
-        self._left = _NOTHING
-        try:
-            try:
-                if self.tracer is not None:
-                    self.tracer.closed()
-            finally:
-                if polite:
-                    await self._part()
-        finally:
-            await self.transport_stream.aclose()
-
-    async def _part(self) -> None:
-        try:
-            goodbye = self._session.goodbye()
-        except RemoteProtocolError:
-            # The context can seal nothing any more, as after the end of the peer's ticket.
-            return
-        if self._receiving:
-            self._receiver_gone = trio.Event()
-        await part(self.transport_stream, goodbye, self._receiver_gone)
+        return self._receive_opened()

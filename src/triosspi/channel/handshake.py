@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import trio
 
-from ..session import Session
+from .._errors import AuthenticationError
+from ..session import BaseSession
+from .farewell import LOST
 from .options import RunBlocking
 
 _turn: Final[trio.lowlevel.RunVar[trio.Lock]] = trio.lowlevel.RunVar("triosspi login turn")
@@ -26,18 +30,43 @@ def _login_turn() -> trio.Lock:
         return lock
 
 
-async def shake_hands(session: Session, stream: trio.abc.Stream, run_blocking: RunBlocking) -> None:
+async def shake_hands(
+    session: BaseSession,
+    stream: trio.abc.Stream,
+    run_blocking: RunBlocking,
+    refused: Callable[[AuthenticationError], bool] | None,
+) -> None:
     """Exchange tokens until both sides know who is there. Has executed a checkpoint when it returns.
+
+    A login that is refused is told to the peer where the wire format can, and so may be followed by another one.
 
     Args:
       session: which has not begun.
       stream: to its peer.
       run_blocking: runs the steps that may block.
+      refused: is asked of each refusal behind which the format lets the peer try again; returns whether it may.
 
     Raises:
       RemoteProtocolError: the peer's fault.
-      Exception: whatever the stream raises.
+      Exception: whatever the stream raises, or ``refused``.
     """
+    while True:
+        try:
+            await _exchange_tokens(session, stream, run_blocking)
+        except AuthenticationError as exc:
+            refusal = session.refuse(exc)
+            again = session.try_again(exc) and (refused is None or refused(exc))
+            if refusal:
+                # Where it cannot be told, the refusal still is what has happened.
+                with suppress(*LOST):
+                    await stream.send_all(refusal)
+            if not again:
+                raise
+        else:
+            return
+
+
+async def _exchange_tokens(session: BaseSession, stream: trio.abc.Stream, run_blocking: RunBlocking) -> None:
     token = await _receive_token(session, stream) if session.accepts else None
     while True:
         if session.may_block:
@@ -59,7 +88,7 @@ async def shake_hands(session: Session, stream: trio.abc.Stream, run_blocking: R
         await trio.lowlevel.checkpoint()
 
 
-async def _receive_token(session: Session, stream: trio.abc.Stream) -> bytes:
+async def _receive_token(session: BaseSession, stream: trio.abc.Stream) -> bytes:
     while (token := session.next_token()) is None:
         session.receive_data(await stream.receive_some())
     return token

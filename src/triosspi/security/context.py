@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, Literal, NoReturn
+from typing import Final, Literal, NoReturn, cast
 
 from .._errors import AuthenticationError, TicketExpiredError, UnsealError, printable
-from .identity import PeerIdentity, Traffic
+from .identity import ContextFlag, PeerIdentity, Traffic
 from .kerberos.gssapi import root_reason
 from .mechanism import Handshake
 from .native import take_over
 from .pyspnego_compat import sspi_context
-from .sealers import FrameSealer, ProxySealer, Sealer
+from .sealers import BatchSealer, ProxySealer, TokenSealer
 
 Usage = Literal["initiate", "accept"]
 
@@ -60,7 +60,9 @@ class SecurityContext:
     Attributes:
       usage: ``"accept"`` or ``"initiate"``.
       established: True once the peer is authenticated, and never otherwise.
-      frame_sealer: seals whole batches; None where sealing is not native.
+      batch_sealer: seals whole batches; None where sealing is not native.
+      raw: whether the mechanism is not wrapped in SPNEGO. Only once `established`.
+      encrypted: whether messages are encrypted, and not signed only. Only once `established`.
     """
 
     __slots__ = (
@@ -72,8 +74,11 @@ class SecurityContext:
         "_open_handshake",
         "_peer",
         "_sealer",
+        "_signing",
+        "batch_sealer",
+        "encrypted",
         "established",
-        "frame_sealer",
+        "raw",
         "usage",
     )
 
@@ -83,18 +88,23 @@ class SecurityContext:
         open_handshake: Callable[[bytes | None], Handshake],
         check: Callable[[Handshake], PeerIdentity],
         *,
+        demanded: ContextFlag,
         may_block: Callable[[], bool],
     ) -> None:
         self.usage: Usage = usage
         self._may_block = may_block
         self.established = False
+        self.encrypted = bool(demanded & ContextFlag.CONF)
+        # Of a client that may only sign, until its first word tells whether it does.
+        self._signing: BatchSealer | None = None
         self._open_handshake = open_handshake
         self._check = check
         self._handshake: Handshake | None = None
         self._failed = False
+        self.raw = False
         self._peer: PeerIdentity | None = None
-        self._sealer: Sealer | None = None
-        self.frame_sealer: FrameSealer | None = None
+        self._sealer: TokenSealer | BatchSealer | None = None
+        self.batch_sealer: BatchSealer | None = None
         self._deadline: float | None = None
 
     @property
@@ -113,14 +123,14 @@ class SecurityContext:
         answer, refusal = self._try_step(token)
         if refusal is None:
             return answer
-        text, principal = refusal
+        text, principal, untrusted = refusal
         # Here, and made of nothing but text: whatever was caught leads through its traceback to frames with the
         # account's hash and the session's keys, and "from None" only hides that. The token can be attacked offline.
         del token, answer
-        raise AuthenticationError(text, mechanism=self._fail(), principal=principal)
+        raise AuthenticationError(text, mechanism=self._fail(), principal=principal, untrusted=untrusted)
 
-    def _try_step(self, token: bytes | None) -> tuple[bytes, tuple[str, str | None] | None]:
-        """`step`, but a refusal is returned: its text, and as whom the peer tried to log in, where it came to that."""
+    def _try_step(self, token: bytes | None) -> tuple[bytes, tuple[str, str | None, bool] | None]:
+        """`step`, but a refusal is returned: what of an `AuthenticationError` is its text, principal, and untrusted."""
         try:
             if self._handshake is None:
                 self._handshake = self._open_handshake(token)
@@ -129,9 +139,9 @@ class SecurityContext:
             if (handshake := self._handshake).complete:
                 self._finish(handshake)
         except AuthenticationError as exc:
-            return b"", (str(exc), exc.principal)
+            return b"", (str(exc), exc.principal, exc.untrusted)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
-            return b"", (_describe(exc), None)
+            return b"", (_describe(exc), None, False)
         return answer, None
 
     def _fail(self) -> str | None:
@@ -153,10 +163,17 @@ class SecurityContext:
             self._deadline = time.monotonic() + (peer.expires_at - peer.authenticated_at).total_seconds()
         inner = handshake.inner
         assert inner is not None
+        self.raw = cast(object, inner) is handshake
         # What SPNEGO wraps seals by itself; keeping only that lets the rest go.
         self._handshake = None
-        self.frame_sealer = take_over(handshake, inner, initiator=self.usage == "initiate")
-        self._sealer = inner.make_sealer() if self.frame_sealer is None else self.frame_sealer
+        # Where that was not demanded, it is what the two sides have agreed on.
+        self.encrypted = self.encrypted or bool(peer.flags & ContextFlag.CONF)
+        if not self.encrypted and self.usage == "accept" and peer.mechanism == "ntlm":
+            # NTLM's flags do not tell: .NET on Linux never sets SEAL, and may encrypt all the same. See `open_records`.
+            self._signing = take_over(handshake, inner, initiator=False, encrypt=False)
+            self.encrypted = self._signing is not None
+        self.batch_sealer = take_over(handshake, inner, initiator=self.usage == "initiate", encrypt=self.encrypted)
+        self._sealer = self.batch_sealer or inner.make_sealer(encrypt=self.encrypted)
         self._peer = peer
         self.established = True
         # What was for the handshake: an established context may live for days, and thousands do.
@@ -214,26 +231,70 @@ class SecurityContext:
         raise error
 
     def seal_frames(self, messages: Sequence[bytes]) -> bytes:
-        """Seal a batch. Only where there is a `frame_sealer`; see `FrameSealer.seal_frames`.
+        """Seal a batch. Only where there is a `batch_sealer`; see `BatchSealer.seal_frames`.
 
         Raises:
           UnsealError: see `seal`.
         """
-        assert self.frame_sealer is not None
+        assert self.batch_sealer is not None
         try:
-            return self.frame_sealer.seal_frames(messages)
+            return self.batch_sealer.seal_frames(messages)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
             error = _unseal_error(_NOT_SEALED, exc)
         raise error
 
     def open_frames(self, frames: list[bytes]) -> tuple[list[bytes], UnsealError | None]:
-        """Open a batch. Only where there is a `frame_sealer`; see `FrameSealer.open_frames`."""
-        assert self.frame_sealer is not None
+        """Open a batch. Only where there is a `batch_sealer`; see `BatchSealer.open_frames`."""
+        assert self.batch_sealer is not None
         try:
-            messages, refusal = self.frame_sealer.open_frames(frames)
+            messages, refusal = self.batch_sealer.open_frames(frames)
         except Exception as exc:  # noqa: BLE001 - see the head of the file
             return [], _unseal_error(_NOT_OPENED, exc)
         return messages, None if refusal is None else _unseal_error(_NOT_OPENED, str(refusal))
+
+    def seal_records(self, data: bytes | bytearray | memoryview, piece: int) -> bytes:
+        """Seal a stretch of a byte stream. Only where there is a `batch_sealer`; see `BatchSealer.seal_records`.
+
+        Raises:
+          UnsealError: see `seal`.
+        """
+        assert self.batch_sealer is not None
+        # Whoever speaks before the other has can only guess, and guesses the better protection.
+        self._signing = None
+        try:
+            return self.batch_sealer.seal_records(data, piece)
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            error = _unseal_error(_NOT_SEALED, exc)
+        raise error
+
+    def open_records(self, tokens: list[bytes]) -> tuple[bytes, UnsealError | None]:
+        """Open tokens. Only where there is a `batch_sealer`; see `BatchSealer.open_records`."""
+        assert self.batch_sealer is not None
+        try:
+            data, refusal = self.batch_sealer.open_records(tokens)
+            if self._signing is not None and tokens:
+                # The first that come from it. Nobody else can make either kind, so both may be tried.
+                signing, self._signing = self._signing, None
+                if refusal is not None and not data:
+                    data, refusal = signing.open_records(tokens)
+                    self._sealer = self.batch_sealer = signing
+                    self.encrypted = False
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            return b"", _unseal_error(_NOT_OPENED, exc)
+        return data, None if refusal is None else _unseal_error(_NOT_OPENED, str(refusal))
+
+    def open_token(self, token: bytes) -> bytes:
+        """Open what the peer sealed and did not divide. Only where there is no `batch_sealer`.
+
+        Raises:
+          UnsealError: see `open`.
+        """
+        assert self.batch_sealer is None
+        try:
+            return cast(TokenSealer, self._sealer).open_token(token)
+        except Exception as exc:  # noqa: BLE001 - see the head of the file
+            error = _unseal_error(_NOT_OPENED, exc)
+        raise error
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         """Open what the peer sealed.

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any, ClassVar, Final, Literal
 
 import spnego
-from spnego import NegotiateOptions
+from spnego import ContextReq, NegotiateOptions
 from spnego.channel_bindings import GssChannelBindings
 
 from .._errors import AuthenticationError, ConfigurationError, handles_secrets
@@ -34,6 +34,8 @@ from .spnego.tokens import first_token_kind
 
 #: A mechanism that authenticates; Negotiate is what chooses between them.
 Mechanism = Literal["kerberos", "ntlm"]
+
+_SIGN_ONLY: Final = ContextReq.default & ~ContextReq.confidentiality
 
 _WINDOWS = sys.platform == "win32"
 
@@ -241,10 +243,15 @@ class Acceptor:
         """A context for one connection.
 
         Args:
-          demanded: what a Kerberos context must provide; NTLM under this policy has all of it.
+          demanded: what a Kerberos context must provide; NTLM under this policy has all of it. Messages are encrypted if CONF
+              is among it, or if the client has asked for it.
         """
         return SecurityContext(
-            self.usage, self._open_handshake, partial(self._policy.check, demanded=demanded), may_block=self._may_block
+            self.usage,
+            self._open_handshake,
+            partial(self._policy.check, demanded=demanded),
+            demanded=demanded,
+            may_block=self._may_block,
         )
 
     def _may_block(self) -> bool:
@@ -340,8 +347,9 @@ class Initiator:
         """A context for one connection; see `Acceptor.new_context`."""
         return SecurityContext(
             self.usage,
-            self._open_handshake,
+            partial(self._open_handshake, demanded=demanded),
             partial(check_initiator, demanded=demanded, allow_rc4=self.allow_rc4),
+            demanded=demanded,
             # NTLM with a password is arithmetic; anything else may ask a KDC, DNS or the system.
             may_block=lambda: self.mechanism != "ntlm" or _WINDOWS,
         )
@@ -353,7 +361,7 @@ class Initiator:
             return spnego.KerberosKeytab(self.keytab, principal=self.username)
         return self.username
 
-    def _open_handshake(self, _token: bytes | None) -> Handshake:
+    def _open_handshake(self, _token: bytes | None, demanded: ContextFlag) -> Handshake:
         service, _, host = (self.target or "host/unspecified").partition("/")
         arguments: dict[str, Any] = {
             "username": self._credential(),
@@ -361,6 +369,8 @@ class Initiator:
             "hostname": host,
             "service": service,
             "channel_bindings": _bindings(self.channel_bindings),
+            # Whoever is content with signatures asks for no more.
+            "context_req": ContextReq.default if demanded & ContextFlag.CONF else _SIGN_ONLY,
         }
         if _WINDOWS:  # pragma: no cover - not reachable elsewhere
             return adopt(spnego.client(protocol=self.mechanism if self.raw else "negotiate", **arguments))

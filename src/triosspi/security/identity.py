@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class ContextFlag(enum.IntFlag):
-    """What a security context provides; names of RFC 2743 1.2, values of RFC 2744."""
+    """What a security context provides, or its initiator allows; names and values of RFC 2744, and RFC 4757 7.1."""
 
     DELEG = 0x01
     MUTUAL = 0x02
@@ -17,6 +17,10 @@ class ContextFlag(enum.IntFlag):
     SEQUENCE = 0x08
     CONF = 0x10
     INTEG = 0x20
+    IDENTIFY = 0x2000
+
+
+ImpersonationLevel = Literal["identification", "impersonation", "delegation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,15 @@ class PeerIdentity:
     def realm(self) -> str:
         """The Kerberos realm; empty with NTLM."""
         return self.domain if self.mechanism == "kerberos" else ""
+
+    @property
+    def impersonation_level(self) -> ImpersonationLevel:
+        """What a client lets its server do in its name, in .NET's words: only look who it is; act as it on this machine; or
+        act as it on others, too, with credentials that it has delegated. Only an acceptor's peer says anything by it.
+        """
+        if self.delegated:
+            return "delegation"
+        return "identification" if self.flags & ContextFlag.IDENTIFY else "impersonation"
 
     def __str__(self) -> str:
         return self.principal

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 if TYPE_CHECKING:
-    from .sealers import Sealer
+    from .sealers import TokenSealer
 
 
 class Handshake(Protocol):
@@ -88,8 +88,12 @@ class Mechanism(Protocol):
         """Begin RC4 anew in one direction, which is due after a mechListMIC ([MS-SPNG] 3.3.5.1); only NTLM has one."""
         ...  # pragma: no cover
 
-    def make_sealer(self) -> Sealer:
-        """What seals by the mechanism's own library, where it is not done natively."""
+    def make_sealer(self, *, encrypt: bool) -> TokenSealer:
+        """What seals by the mechanism's own library, where it is not done natively.
+
+        Args:
+          encrypt: False: messages are signed only.
+        """
         ...  # pragma: no cover
 
 

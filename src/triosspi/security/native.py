@@ -18,14 +18,13 @@ microseconds, nearly all of it spent around the cryptography; `triosspi._sealing
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 from .kerberos.gssapi import KerberosContext
 from .kerberos.tickets import AES_ENCTYPES
 from .mechanism import Handshake, Mechanism
 from .ntlm.acceptor import NTLMAcceptor
 from .proxies import NTLMInitiator
-from .sealers import FrameSealer
+from .sealers import BatchSealer
 
 _sealing: ModuleType | None
 try:
@@ -52,41 +51,43 @@ def seals_kerberos(enctype: int | None) -> bool:
     return enctype in AES_ENCTYPES and available()["kerberos"]
 
 
-def take_over(handshake: Handshake, inner: Mechanism, *, initiator: bool) -> FrameSealer | None:
+def take_over(handshake: Handshake, inner: Mechanism, *, initiator: bool, encrypt: bool) -> BatchSealer | None:
     """A native sealer for a finished context, which is of no use any more then; None if there is none.
 
     Args:
       handshake: what has finished, SPNEGO's if there is one around it.
       inner: the mechanism's own context.
       initiator: which side this is.
+      encrypt: False: messages are signed only.
     """
     sent, verified = int(handshake.mic_sent), int(handshake.mic_verified)
     if isinstance(inner, (NTLMAcceptor, NTLMInitiator)):
         if not available()["ntlm"]:
             return None
-        return _ntlm_sealer(inner.session_key, initiator=initiator, send_sequence=sent, receive_sequence=verified)
+        assert _sealing is not None
+        ntlm: BatchSealer = _sealing.NTLMSealer(
+            inner.session_key, initiator=initiator, send_sequence=sent, receive_sequence=verified, encrypt=encrypt
+        )
+        return ntlm
     if isinstance(inner, KerberosContext) and seals_kerberos(enctype := inner.enctype):
-        return _take_over_kerberos(inner, enctype, verified, initiator)
+        return _take_over_kerberos(inner, enctype, verified, initiator=initiator, encrypt=encrypt)
     return None
 
 
-def _ntlm_sealer(*arguments: Any, **options: Any) -> FrameSealer:
-    assert _sealing is not None
-    sealer: FrameSealer = _sealing.NTLMSealer(*arguments, **options)
-    return sealer
-
-
-def _take_over_kerberos(context: KerberosContext, enctype: int, mics_verified: int, initiator: bool) -> FrameSealer:
+def _take_over_kerberos(
+    context: KerberosContext, enctype: int, mics_verified: int, *, initiator: bool, encrypt: bool
+) -> BatchSealer:
     assert _sealing is not None
     lucid = context.export_lucid()
     keys = lucid.cfx_kd
     subkey = keys.acceptor_subkey is not None
-    sealer: FrameSealer = _sealing.KerberosSealer(
+    sealer: BatchSealer = _sealing.KerberosSealer(
         keys.acceptor_subkey if subkey else keys.ctx_key,
         enctype,
         initiator=initiator,
         acceptor_subkey=subkey,
         send_sequence=lucid.send_seq,
         receive_sequence=lucid.recv_seq + mics_verified,
+        encrypt=encrypt,
     )
     return sealer

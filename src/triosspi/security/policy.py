@@ -26,7 +26,7 @@ from .spnego.acceptor import SPNEGOAcceptor
 
 _SESSION_KEY_SIZES: Final = (16, 32)
 # The bits that are ours, of all that GSS-API and pyspnego have.
-_GSS_FLAGS: Final = 0x3F
+_GSS_FLAGS: Final = sum(ContextFlag)
 _MUTUAL: Final = int(ContextFlag.MUTUAL)
 _ORDER: Final = int(ContextFlag.REPLAY | ContextFlag.SEQUENCE)
 
@@ -72,7 +72,7 @@ def _check_flags(inner: Mechanism, demanded: ContextFlag) -> None:
     missing = demanded & ~ContextFlag(inner.flags & _GSS_FLAGS)
     if missing:
         names = ", ".join(str(flag.name) for flag in missing)
-        raise AuthenticationError(f"the context lacks {names}")
+        raise AuthenticationError(f"the context lacks {names}", untrusted=True)
 
 
 def _check_mech_list_mic(spnego: SPNEGOAcceptor, mechanism: str | None) -> None:
@@ -150,7 +150,7 @@ def _system_peer(inner: SystemContext, demanded: ContextFlag) -> PeerIdentity:
     """What Windows's own SSPI says."""
     _check_session_key(inner)
     if missing := int(demanded) & ~inner.flags:
-        raise AuthenticationError(f"the context lacks {ask_for(missing)}")
+        raise AuthenticationError(f"the context lacks {ask_for(missing)}", untrusted=True)
     principal = inner.client
     if not principal:
         raise AuthenticationError("the context names no client")

@@ -75,9 +75,9 @@ class SystemContext(_ByPyspnego):
         """The client's name, on an acceptor."""
         return self._proxy.client_principal
 
-    def make_sealer(self) -> ProxySealer:
+    def make_sealer(self, *, encrypt: bool) -> ProxySealer:
         """See `Mechanism.make_sealer`."""
-        return ProxySealer(self._proxy, self._proxy.query_message_sizes().header)
+        return ProxySealer(self._proxy, self._proxy.query_message_sizes().header, encrypt=encrypt)
 
 
 class NTLMInitiator(_ByPyspnego):
@@ -90,9 +90,9 @@ class NTLMInitiator(_ByPyspnego):
         """NTLM's own flags, [MS-NLMP] 2.2.2.5, that both sides have agreed on."""
         return pyspnego_compat.negotiate_flags(self._proxy)
 
-    def make_sealer(self) -> ProxySealer:
+    def make_sealer(self, *, encrypt: bool) -> ProxySealer:
         """See `Mechanism.make_sealer`."""
-        return ProxySealer(self._proxy, NTLM_TRAILER_SIZE)
+        return ProxySealer(self._proxy, NTLM_TRAILER_SIZE, encrypt=encrypt)
 
 
 class KerberosInitiator(ProxyContext, KerberosContext):

@@ -52,8 +52,16 @@ class Sealer(Protocol):
         ...  # pragma: no cover
 
 
-class FrameSealer(Sealer, Protocol):
-    """A sealer that handles whole batches, in the `framed` wire format's frames."""
+class TokenSealer(Sealer, Protocol):
+    """A sealer that also opens what its peer has not divided."""
+
+    def open_token(self, token: bytes) -> bytes:
+        """The same for a trailer and its ciphertext in one, in whatever order the mechanism lets them stand."""
+        ...  # pragma: no cover
+
+
+class BatchSealer(Sealer, Protocol):
+    """A sealer that handles whole batches, in the frames of `framed` and the records of NegotiateStream."""
 
     def seal_frames(self, messages: Sequence[bytes]) -> bytes:
         """Seal messages into frames, ``length | trailer_length | trailer | ciphertext``, in one buffer."""
@@ -64,6 +72,18 @@ class FrameSealer(Sealer, Protocol):
 
         Returns:
           The messages, and what is wrong with the frame behind the last of them, if anything.
+        """
+        ...  # pragma: no cover
+
+    def seal_records(self, data: bytes | bytearray | memoryview, piece: int) -> bytes:
+        """Seal a stretch of a byte stream into records, ``length | token``, in one buffer; each of at most ``piece`` bytes."""
+        ...  # pragma: no cover
+
+    def open_records(self, tokens: list[bytes]) -> tuple[bytes, Exception | None]:
+        """Open tokens in order, up to a bad one.
+
+        Returns:
+          The data of all, in one, and what is wrong with the token behind the last of them, if anything.
         """
         ...  # pragma: no cover
 
@@ -83,8 +103,9 @@ class GSSWraps(Protocol):
 class _Counting:
     """Counts what goes through `_seal` and `_open`, which are a subclass's."""
 
-    def __init__(self, trailer_size: int) -> None:
+    def __init__(self, trailer_size: int, *, encrypt: bool) -> None:
         self.trailer_size = trailer_size
+        self._encrypt = encrypt
         self._counts = [0, 0, 0, 0]
 
     @property
@@ -102,7 +123,13 @@ class _Counting:
 
     def open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         """See `Sealer.open`."""
-        message = self._open(trailer, ciphertext)
+        return self._opened(self._open(trailer, ciphertext))
+
+    def open_token(self, token: bytes) -> bytes:
+        """See `TokenSealer.open_token`."""
+        return self._opened(self._open_token(token))
+
+    def _opened(self, message: bytes) -> bytes:
         self._counts[2] += bool(message)
         self._counts[3] += len(message)
         return message
@@ -113,12 +140,21 @@ class _Counting:
     def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
         raise NotImplementedError
 
+    def _open_token(self, token: bytes) -> bytes:
+        raise NotImplementedError
+
 
 class ProxySealer(_Counting):
-    """pyspnego's own, for NTLM and for the system's SSPI."""
+    """pyspnego's own, for NTLM and for the system's SSPI.
 
-    def __init__(self, proxy: ContextProxy, trailer_size: int) -> None:
-        super().__init__(trailer_size)
+    Args:
+      proxy: the context.
+      trailer_size: bytes.
+      encrypt: False: messages are signed only.
+    """
+
+    def __init__(self, proxy: ContextProxy, trailer_size: int, *, encrypt: bool) -> None:
+        super().__init__(trailer_size, encrypt=encrypt)
         self._proxy = proxy
 
     @property
@@ -127,6 +163,8 @@ class ProxySealer(_Counting):
         return self._proxy
 
     def _seal(self, message: bytes) -> tuple[bytes, bytes]:
+        if not self._encrypt:
+            return self._proxy.sign(message), message
         sealed = self._proxy.wrap_winrm(message)
         return sealed.header, sealed.data
 
@@ -135,7 +173,13 @@ class ProxySealer(_Counting):
         # another length would only fail after the RC4 state has moved.
         if len(trailer) != self.trailer_size:
             raise UnsealError(f"a trailer of {len(trailer)} bytes where {self.trailer_size} are due")
+        if not self._encrypt:
+            self._proxy.verify(ciphertext, trailer)
+            return ciphertext
         return self._proxy.unwrap_winrm(trailer, ciphertext)
+
+    def _open_token(self, token: bytes) -> bytes:
+        return self._open(token[: self.trailer_size], token[self.trailer_size :])
 
 
 class GSSWrapSealer(_Counting):
@@ -144,15 +188,22 @@ class GSSWrapSealer(_Counting):
     `gss_wrap` makes header | ciphertext, not rotated; SSPI's buffers are the same token rotated right
     so that exactly the message's own bytes stand at its end (RFC 4121 4.2.5 leaves the rotation to the
     sender). Rotating here costs a quarter of gss_wrap_iov, which would give it directly.
+
+    Args:
+      context: what wraps.
+      trailer_size: bytes, of messages that are encrypted.
+      encrypt: False: messages are signed only. Then what `seal` gives is not divided as SSPI does it.
     """
 
-    def __init__(self, context: GSSWraps, trailer_size: int) -> None:
-        super().__init__(trailer_size)
+    def __init__(self, context: GSSWraps, trailer_size: int, *, encrypt: bool) -> None:
+        super().__init__(trailer_size, encrypt=encrypt)
         self._context = context
         self._rotation = trailer_size - _WRAP_HEADER_SIZE - _CONFOUNDER_SIZE
 
     def _seal(self, message: bytes) -> tuple[bytes, bytes]:
-        token = self._context.wrap(message, encrypt=True).data
+        token = self._context.wrap(message, encrypt=self._encrypt).data
+        if not self._encrypt:
+            return token[:_WRAP_HEADER_SIZE], token[_WRAP_HEADER_SIZE:]
         if not token.startswith(_RFC4121_WRAP):
             # RC4-HMAC: no rotation, and no layout in SSPI's buffers that would be ours to give.
             return token[: self.trailer_size], token[self.trailer_size :]
@@ -164,17 +215,20 @@ class GSSWrapSealer(_Counting):
         ]
 
     def _open(self, trailer: bytes, ciphertext: bytes) -> bytes:
-        token = trailer + ciphertext
+        message = self._open_token(trailer + ciphertext)
+        # Nor is the cut under a signature: one place is taken, where the ciphertext is as long as the message, which is SSPI's,
+        # and that of peers which cut gss_wrap's tokens.
+        if len(message) != len(ciphertext):
+            raise UnsealError(f"a ciphertext of {len(ciphertext)} bytes for a message of {len(message)}")
+        return message
+
+    def _open_token(self, token: bytes) -> bytes:
         # The rotation is under no signature, and the library takes one that is a whole turn more for the same.
         if token.startswith(_RFC4121_WRAP) and int.from_bytes(token[_RRC], "big") >= len(token) - _WRAP_HEADER_SIZE:
             raise UnsealError("a rotation that is longer than what it turns")
         # unwrap_iov(stream + data) would take any cut, and aborts the process on some tokens.
         opened = self._context.unwrap(token)
-        if not opened.encrypted:
-            # A wrap token that is only signed is valid to GSS-API.
-            raise UnsealError("a message that was signed but not encrypted")
-        # Nor is the cut: one place is taken, where the ciphertext is as long as the message, which is SSPI's, and that
-        # of peers which cut gss_wrap's tokens.
-        if len(opened.data) != len(ciphertext):
-            raise UnsealError(f"a ciphertext of {len(ciphertext)} bytes for a message of {len(opened.data)}")
+        if opened.encrypted != self._encrypt:
+            # A wrap token that is only signed is valid to GSS-API, too.
+            raise UnsealError(f"a message that was {'' if opened.encrypted else 'signed but not '}encrypted")
         return opened.data

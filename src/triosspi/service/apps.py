@@ -10,8 +10,9 @@ from pathlib import Path
 import trio
 
 from .._errors import ConfigurationError
+from ..channel import SSPIStream
 from ..impersonation import thread_user_name
-from ..tcp import Handler, TCPChannel
+from ..tcp import AnyHandler, TCPChannel, TCPStream
 from .reasons import described
 from .transcript import Transcript
 
@@ -25,8 +26,8 @@ class Greet:
     Args:
       message: the message.
       impersonate: first become the client, and look who that is on this machine, as the sample does.
-      listen: before that, wait for a message of the client's: with the `framed` format nobody is
-          impersonated who has said nothing.
+      listen: before that, wait for a message of the client's: where it can say something, nobody is impersonated who has
+          said nothing. (From the client of a stream that is waited for in any case.)
     """
 
     def __init__(self, message: bytes = SAMPLE_MESSAGE, *, impersonate: bool = False, listen: bool = False) -> None:
@@ -34,19 +35,28 @@ class Greet:
         self.impersonates = impersonate
         self._listen = listen
 
-    async def __call__(self, channel: TCPChannel) -> None:
+    async def __call__(self, channel: TCPChannel | TCPStream) -> None:
         """Serve one client."""
         if self.impersonates:
-            if self._listen:
+            if isinstance(channel, SSPIStream):
+                await channel.receive_some()
+            elif self._listen:
                 await channel.receive()
             name = await channel.run_as_peer(thread_user_name)
             if isinstance(channel.tracer, Transcript):
                 channel.tracer.impersonated(name)
-        await channel.send(self._message)
+        if isinstance(channel, SSPIStream):
+            await channel.send_all(self._message)
+        else:
+            await channel.send(self._message)
 
 
-async def echo(channel: TCPChannel) -> None:
-    """Sends every message back, a whole batch at a time where the client sends without waiting."""
+async def echo(channel: TCPChannel | TCPStream) -> None:
+    """Sends everything back; messages a whole batch at a time where the client sends without waiting."""
+    if isinstance(channel, SSPIStream):
+        async for data in channel:
+            await channel.send_all(data)
+        return
     while True:
         try:
             messages = await channel.receive_many()
@@ -55,12 +65,12 @@ async def echo(channel: TCPChannel) -> None:
         await channel.send_many(messages)
 
 
-def load_app(name: str) -> Handler:
+def load_app(name: str) -> AnyHandler:
     """Import an application.
 
     Args:
-      name: ``module:function``; the function is async and takes an `SSPIChannel`. The working
-          directory is searched first.
+      name: ``module:function``; the function is async and takes an `SSPIChannel`, or of a NegotiateStream an
+          `SSPIStream`. The working directory is searched first.
 
     Raises:
       ConfigurationError: there is no such thing, or importing it fails.

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
 import trio
 
 from .._errors import AuthenticationError, ConfigurationError, RemoteProtocolError, SSPIError
-from ..channel import SSPIChannel
+from ..channel import SSPIStream
 from ..security.credentials import Initiator
-from ..tcp import format_address, is_ordinary_end, open_sspi_over_tcp_channel
+from ..tcp import (
+    TCPChannel,
+    TCPStream,
+    format_address,
+    is_ordinary_end,
+    open_negotiate_stream,
+    open_sspi_over_tcp_channel,
+)
 from ..wire import WireFormat
 from .reasons import reason
 
@@ -30,10 +37,12 @@ class ConnectOptions:
       port: TCP port.
       initiator: what to log in with.
       wire: the format.
-      messages: what to send; empty in the framed format: each line of standard input.
+      messages: what to send; empty: each line of standard input, in the negotiate-stream format all of it as it comes.
       timeout: seconds for connecting and logging in; in the sample's format for the message too.
       read_line: gives the next line of standard input with its end, or nothing at its end.
+      read: the same for whatever there is of it.
       show: takes each message received.
+      write: takes what a stream gives, as it comes.
     """
 
     host: str
@@ -43,7 +52,9 @@ class ConnectOptions:
     messages: Sequence[bytes]
     timeout: float
     read_line: Callable[[], bytes]
+    read: Callable[[], bytes]
     show: Callable[[bytes], None]
+    write: Callable[[bytes | bytearray], None]
 
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
@@ -80,9 +91,7 @@ async def run_client(options: ConnectOptions) -> None:
     try:
         with trio.fail_after(options.timeout) as deadline:
             try:
-                channel = await open_sspi_over_tcp_channel(
-                    options.host, options.port, options.initiator, wire=options.wire
-                )
+                channel = await _open(options)
             except OSError as exc:
                 raise ConnectError(
                     f"cannot connect to {where}: {reason(exc)}; check the address, and that the server runs"
@@ -108,9 +117,17 @@ async def run_client(options: ConnectOptions) -> None:
         raise ConnectError(f"lost the connection to {where}: {exc}; try again") from None
 
 
-async def _converse(
-    channel: SSPIChannel[trio.SocketStream], options: ConnectOptions, deadline: trio.CancelScope
-) -> None:
+async def _open(options: ConnectOptions) -> TCPChannel | TCPStream:
+    if options.wire is WireFormat.NEGOTIATE_STREAM:
+        return await open_negotiate_stream(options.host, options.port, options.initiator)
+    return await open_sspi_over_tcp_channel(options.host, options.port, options.initiator, wire=options.wire)
+
+
+async def _converse(channel: TCPChannel | TCPStream, options: ConnectOptions, deadline: trio.CancelScope) -> None:
+    if isinstance(channel, SSPIStream):
+        deadline.deadline = math.inf
+        await _exchange(channel, options)
+        return
     if options.wire is WireFormat.SAMPLE:
         async for reply in channel:
             options.show(reply)
@@ -124,6 +141,39 @@ async def _converse(
                 options.show(await channel.receive())
             except trio.EndOfChannel:
                 raise ConnectError("the server said goodbye before it had answered: see its log") from None
+
+
+async def _exchange(stream: TCPStream, options: ConnectOptions) -> None:
+    """Send and show at the same time, until there is no more of either."""
+    failures: list[Exception] = []
+
+    async def run(direction: Callable[[TCPStream, ConnectOptions], Awaitable[None]]) -> None:
+        try:
+            await direction(stream, options)
+        except Exception as exc:  # noqa: BLE001 - raised below, in no group
+            failures.append(exc)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run, _show_stream)
+        nursery.start_soon(run, _send_stream)
+    if failures:
+        raise failures[0]
+
+
+async def _show_stream(stream: TCPStream, options: ConnectOptions) -> None:
+    async for data in stream:
+        options.write(data)
+
+
+async def _send_stream(stream: TCPStream, options: ConnectOptions) -> None:
+    """Say what is to be said, and that this was all."""
+    for message in options.messages:
+        await stream.send_all(message)
+    if not options.messages:
+        while data := await trio.to_thread.run_sync(options.read, abandon_on_cancel=True):
+            await stream.send_all(data)
+    await stream.send_eof()
 
 
 async def _messages(options: ConnectOptions) -> AsyncGenerator[bytes]:

@@ -18,7 +18,7 @@ import trio
 
 from .._errors import ConfigurationError
 from ..session import Tracer
-from ..tcp import Handler, TCPChannel, format_address
+from ..tcp import AnyHandler, TCPEndpoint, format_address
 from .apps import Greet
 from .config.assembly import DemoAccount, choose_app, make_acceptor, make_impersonation
 from .config.configuration import Configuration, Sources
@@ -329,12 +329,12 @@ def _files(live: LiveSettings, sources: Sources) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _announce(handler: Handler) -> Handler:
+def _announce(handler: AnyHandler) -> AnyHandler:
     """The same, with the sample's lines for each login."""
     # As the sample does, which asks for the client's name while it is the client.
     name = not (isinstance(handler, Greet) and handler.impersonates)
 
-    async def announced(channel: TCPChannel) -> Any:
+    async def announced(channel: TCPEndpoint) -> Any:
         if isinstance(channel.tracer, Transcript):
             channel.tracer.authenticated(channel, name=name)
         return await handler(channel)

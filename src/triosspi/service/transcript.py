@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from ..channel import SSPIChannel
+from ..channel import Endpoint
 from .reasons import harmless
 
 SEC_E_OK: Final = 0x00000000
@@ -64,7 +64,7 @@ class Transcript:
         self._lines.append(f"AcceptSecurityContext result = 0x{status:08x}")
         self._established = established
 
-    def authenticated(self, channel: SSPIChannel, *, name: bool = True) -> None:  # type: ignore[type-arg]  # any transport
+    def authenticated(self, channel: Endpoint[Any], *, name: bool = True) -> None:
         """The handshake of this transcript's connection has succeeded.
 
         Args:

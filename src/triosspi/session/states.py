@@ -16,8 +16,10 @@
 #                                      MUTE       established, and the format leaves the peer nothing to say
 #   UNPROVEN   messages                PROVEN     the first of them has opened
 #                                      LEAVING    the first of them was a goodbye, or the format's one message
+#                                      MUTE       the stream has ended without one, in a format that has no goodbye
 #                                      UNHEARD    it did not open, or the stream has ended without one
 #   PROVEN     messages                LEAVING    a goodbye has opened, or the format's one message
+#                                      ENDED      the stream has ended, in a format that has no goodbye
 #                                      FAILED     one did not open, or the stream has ended without a goodbye
 #   LEAVING    nothing; what came      ENDED      that was handed over
 #              before it was not
@@ -64,8 +66,8 @@ OURS_BECOMES: Final[dict[Ours, frozenset[Ours]]] = {
 
 THEIRS_BECOMES: Final[dict[Theirs, frozenset[Theirs]]] = {
     Theirs.HANDSHAKE: frozenset({Theirs.UNPROVEN, Theirs.PROVEN, Theirs.MUTE}),
-    Theirs.UNPROVEN: frozenset({Theirs.PROVEN, Theirs.LEAVING, Theirs.UNHEARD}),
-    Theirs.PROVEN: frozenset({Theirs.LEAVING, Theirs.FAILED}),
+    Theirs.UNPROVEN: frozenset({Theirs.PROVEN, Theirs.LEAVING, Theirs.MUTE, Theirs.UNHEARD}),
+    Theirs.PROVEN: frozenset({Theirs.LEAVING, Theirs.ENDED, Theirs.FAILED}),
     Theirs.LEAVING: frozenset({Theirs.ENDED}),
     Theirs.ENDED: frozenset(),
     Theirs.MUTE: frozenset(),

@@ -3,8 +3,9 @@
 # accept ─ admit ─ open ─ handshake ─ check ─ handler ─ close
 #
 #   admit      may the connection be here at all
-#   open       what stands before the first token on the wire: a PROXY header, TLS, which wire format; then the channel
-#   handshake  the channel's own
+#   open       what stands before the first token on the wire: a PROXY header, TLS, which wire format; then the channel, or
+#              the stream, which is called a channel here, too
+#   handshake  the channel's own; where the wire format lets a client whose login was refused try again, several
 #   check      may the peer that has logged in be here
 #   handler    the application, in the session's cancel scope where something may end it from outside
 #   close      goodbye, FIN, the peer's last bytes; or, without a login, at once
@@ -25,12 +26,12 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import trio
 
 from .._errors import AuthenticationError, TicketExpiredError
-from ..channel import SSPIChannel
+from ..channel import Endpoint, SSPIChannel, SSPIStream
 from .endings import (
     End,
     LoginFailure,
@@ -45,7 +46,12 @@ from .endings import (
 log = logging.getLogger("triosspi.server")
 
 TCPChannel: TypeAlias = SSPIChannel[trio.SocketStream]
+TCPStream: TypeAlias = SSPIStream[trio.SocketStream]
+TCPEndpoint: TypeAlias = Endpoint[trio.SocketStream]
 Handler: TypeAlias = Callable[[TCPChannel], Awaitable[object]]
+StreamHandler: TypeAlias = Callable[[TCPStream], Awaitable[object]]
+#: Of whatever its server opens.
+AnyHandler: TypeAlias = Callable[[Any], Awaitable[object]]
 
 ArrivedT = TypeVar("ArrivedT", bound=trio.abc.AsyncResource)
 
@@ -66,13 +72,17 @@ class Attempt:
     Attributes:
       source: see above.
       started: when it was admitted, on Trio's clock.
+      refusals: how many logins were refused, told of, and perhaps followed by another.
+      given_up: the last of these is followed by none.
     """
 
-    __slots__ = ("source", "started")
+    __slots__ = ("given_up", "refusals", "source", "started")
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.started = trio.current_time()
+        self.refusals = 0
+        self.given_up = False
 
     @property
     def seconds(self) -> float:
@@ -82,7 +92,7 @@ class Attempt:
     def begin(self, deadline: trio.CancelScope) -> None:
         """The time of the login has begun. Cancelling the scope ends the attempt."""
 
-    async def open(self) -> TCPChannel | None:
+    async def open(self) -> TCPEndpoint | None:
         """Read what stands before the handshake, and make the channel.
 
         Returns:
@@ -93,7 +103,18 @@ class Attempt:
         """
         raise NotImplementedError
 
-    def check(self, channel: TCPChannel) -> bool:  # noqa: ARG002 - a subclass looks at it
+    def refused(self, error: AuthenticationError) -> bool:
+        """A login was refused, and the wire format lets the peer try again on this connection; returns whether it may."""
+        self.refusals += 1
+        self.failed(LoginFailure("refused", str(error), error))
+        self.given_up = not self.may_try_again()
+        return not self.given_up
+
+    def may_try_again(self) -> bool:
+        """Whether a peer whose login was refused may try again on this connection."""
+        return True
+
+    def check(self, channel: TCPEndpoint) -> bool:  # noqa: ARG002 - a subclass looks at it
         """The peer has shown who it is: may it be here?
 
         Returns:
@@ -109,9 +130,9 @@ class Attempt:
         return LoginFailure("timeout", f"no login within {timeout:g} s")
 
     def failed(self, failure: LoginFailure) -> None:
-        """The peer has not logged in."""
+        """The peer has not logged in, or not this time."""
 
-    def logged_in(self, channel: TCPChannel) -> LiveSession:
+    def logged_in(self, channel: TCPEndpoint) -> LiveSession:
         """The peer has logged in. From here on `ConnectionServer.closed` is due."""
         raise NotImplementedError
 
@@ -126,7 +147,7 @@ class LiveSession:
     """A peer that has logged in.
 
     Args:
-      channel: its channel.
+      channel: its channel or stream.
       source: where it connects from, for people.
       expires: when its ticket ends, on Trio's clock; None if it has none.
 
@@ -141,7 +162,7 @@ class LiveSession:
     # Part of the memory of each idle connection.
     __slots__ = ("channel", "ended_by", "expires", "scope", "source")
 
-    def __init__(self, channel: TCPChannel, source: str, expires: float | None) -> None:
+    def __init__(self, channel: TCPEndpoint, source: str, expires: float | None) -> None:
         self.channel = channel
         self.source = source
         self.expires = expires
@@ -153,10 +174,10 @@ class ConnectionServer(Generic[ArrivedT]):
     """Serves connections, one call of `serve` each.
 
     Attributes:
-      handler: the application; a subclass sets it.
+      handler: the application, which takes what its attempts open; a subclass sets it.
     """
 
-    handler: Handler
+    handler: AnyHandler
 
     # The hooks
 
@@ -221,7 +242,7 @@ class ConnectionServer(Generic[ArrivedT]):
 
     async def _log_in(self, arrived: ArrivedT, attempt: Attempt) -> LiveSession | None:
         """Let the peer log in; if it does not, close the connection and tell why."""
-        channel: TCPChannel | None = None
+        channel: TCPEndpoint | None = None
         session: LiveSession | None = None
         failure: LoginFailure | None = None
         accepted = False
@@ -230,7 +251,7 @@ class ConnectionServer(Generic[ArrivedT]):
                 attempt.begin(deadline)
                 channel = await attempt.open()
                 if channel is not None:
-                    await channel.do_handshake()
+                    await channel.do_handshake(refused=attempt.refused)
                     accepted = attempt.check(channel)
             if channel is not None and accepted:
                 session = attempt.logged_in(channel)
@@ -238,6 +259,9 @@ class ConnectionServer(Generic[ArrivedT]):
                 failure = attempt.out_of_time(self.handshake_timeout)
         except (trio.BrokenResourceError, AuthenticationError) as exc:
             failure = login_failure(exc)
+            if attempt.given_up or (attempt.refusals and failure.kind == "nothing_said"):
+                # It was told, and nothing has happened since.
+                failure = None
         except Exception:
             # Not the peer's doing, but still only this connection's end.
             log.exception("%s: the handshake failed through an error of ours", attempt.source)
@@ -318,7 +342,7 @@ async def _drop(arrived: trio.abc.AsyncResource, resource: trio.abc.AsyncResourc
       arrived: what was accepted, to find its socket.
       resource: what is closed, that or a channel over it.
     """
-    stream = arrived.transport_stream if isinstance(arrived, SSPIChannel) else arrived
+    stream = arrived.transport_stream if isinstance(arrived, Endpoint) else arrived
     if isinstance(stream, trio.SocketStream) and os.name == "posix":
         # With unread input the kernel would send RST, and the peer would see a reset in place of an end.
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""A server of channels over TCP: the life of a connection with nothing filled in but its counters."""
+"""A server of channels or streams over TCP: the life of a connection with nothing filled in but its counters."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Final, NoReturn, TypeAlias, Unpack
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar, Unpack
 
 import trio
 
 from .._errors import printable
-from ..channel import ChannelKeywords, ChannelOptions, takes_channel_options
+from ..channel import ChannelKeywords, ChannelOptions, StreamKeywords, StreamOptions, takes_options
 from ..security.credentials import Acceptor
 from ..session import Tracer
 from .accepting import accept_forever, peer_address
-from .connection import Attempt, ConnectionServer, Handler, LiveSession, TCPChannel
+from .connection import (
+    AnyHandler,
+    Attempt,
+    ConnectionServer,
+    Handler,
+    LiveSession,
+    StreamHandler,
+    TCPEndpoint,
+)
 from .endings import End, LoginFailure
-from .listener import SSPIListener
+from .listener import AuthenticatingListener, NegotiateStreamListener, SSPIListener
 from .tickets import Tickets, ticket_end
 
 log = logging.getLogger("triosspi.server")
 
 TCPListener: TypeAlias = SSPIListener[trio.SocketStream]
+TCPStreamListener: TypeAlias = NegotiateStreamListener[trio.SocketStream]
+ListenerT = TypeVar("ListenerT", bound=AuthenticatingListener[trio.SocketStream, Any])
 
 #: Seconds for a whole handshake, as OpenSSH's LoginGraceTime: for all of it, not for each read.
 DEFAULT_HANDSHAKE_TIMEOUT: Final = 30.0
@@ -56,7 +66,7 @@ class ServerStatistics:
     accept_errors: int = 0
 
 
-@takes_channel_options
+@takes_options(ChannelOptions)
 async def open_sspi_over_tcp_listeners(
     port: int,
     acceptor: Acceptor,
@@ -85,6 +95,37 @@ async def open_sspi_over_tcp_listeners(
     chosen = ChannelOptions(**options)
     return [
         SSPIListener(listener, acceptor, make_tracer=make_tracer, **chosen.keywords())
+        for listener in await _open_tcp_listeners(port, host, backlog)
+    ]
+
+
+@takes_options(StreamOptions)
+async def open_negotiate_stream_listeners(
+    port: int,
+    acceptor: Acceptor,
+    *,
+    host: str | None = None,
+    make_tracer: Callable[[], Tracer] | None = None,
+    backlog: int | None = None,
+    **options: Unpack[StreamKeywords],
+) -> list[TCPStreamListener]:
+    """Listen for clients of .NET's NegotiateStream. In all else see `open_sspi_over_tcp_listeners`.
+
+    Args:
+      port: see `open_sspi_over_tcp_listeners`.
+      acceptor: see `open_sspi_over_tcp_listeners`.
+      host: see `open_sspi_over_tcp_listeners`.
+      make_tracer: see `SSPIListener`.
+      backlog: see `trio.open_tcp_listeners`.
+      **options: see `StreamOptions`.
+
+    Raises:
+      OSError: see `trio.open_tcp_listeners`.
+      LocalProtocolError: an option cannot be.
+    """
+    chosen = StreamOptions(**options)
+    return [
+        NegotiateStreamListener(listener, acceptor, make_tracer=make_tracer, **chosen.keywords())
         for listener in await _open_tcp_listeners(port, host, backlog)
     ]
 
@@ -120,7 +161,7 @@ async def _open_tcp_listeners(port: int, host: str | None, backlog: int | None) 
     return listeners
 
 
-@takes_channel_options
+@takes_options(ChannelOptions)
 async def serve_sspi_over_tcp(
     handler: Handler,
     port: int,
@@ -172,16 +213,65 @@ async def serve_sspi_over_tcp(
     )
 
 
+@takes_options(StreamOptions)
+async def serve_negotiate_stream_over_tcp(
+    handler: StreamHandler,
+    port: int,
+    acceptor: Acceptor,
+    *,
+    host: str | None = None,
+    make_tracer: Callable[[], Tracer] | None = None,
+    backlog: int | None = None,
+    handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
+    handler_nursery: trio.Nursery | None = None,
+    statistics: ServerStatistics | None = None,
+    task_status: trio.TaskStatus[list[TCPStreamListener]] = trio.TASK_STATUS_IGNORED,
+    **options: Unpack[StreamKeywords],
+) -> NoReturn:
+    """The same for clients of .NET's NegotiateStream: ``handler(stream)`` gets an `SSPIStream`.
+
+    A client whose login was refused may try again on its connection, twice, within the same ``handshake_timeout``; each of
+    them is counted.
+
+    Args:
+      handler: called in a task of its own with an authenticated stream.
+      port: see `open_sspi_over_tcp_listeners`.
+      acceptor: see `open_sspi_over_tcp_listeners`.
+      host: see `open_sspi_over_tcp_listeners`.
+      make_tracer: see `SSPIListener`.
+      backlog: see `trio.open_tcp_listeners`.
+      handshake_timeout: see `serve_sspi_over_tcp`.
+      handler_nursery: see `serve_sspi_over_tcp`.
+      statistics: see `serve_sspi_over_tcp`.
+      task_status: see `serve_sspi_over_tcp`.
+      **options: see `StreamOptions`.
+
+    Returns:
+      Never, unless cancelled.
+    """
+    listeners = await open_negotiate_stream_listeners(
+        port, acceptor, host=host, make_tracer=make_tracer, backlog=backlog, **options
+    )
+    await serve_sspi_listeners(
+        handler,
+        listeners,
+        handshake_timeout=handshake_timeout,
+        handler_nursery=handler_nursery,
+        statistics=statistics,
+        task_status=task_status,
+    )
+
+
 async def serve_sspi_listeners(
-    handler: Handler,
-    listeners: list[TCPListener],
+    handler: AnyHandler,
+    listeners: list[ListenerT],
     *,
     handshake_timeout: float = DEFAULT_HANDSHAKE_TIMEOUT,
     handler_nursery: trio.Nursery | None = None,
     statistics: ServerStatistics | None = None,
-    task_status: trio.TaskStatus[list[TCPListener]] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[list[ListenerT]] = trio.TASK_STATUS_IGNORED,
 ) -> NoReturn:
-    """Serve listeners that are open already; they are closed at the end.
+    """Serve listeners that are open already, of channels or of streams; they are closed at the end.
 
     See `serve_sspi_over_tcp` for details.
     """
@@ -205,12 +295,12 @@ class CountedAttempt(Attempt):
 
     __slots__ = ("_channel", "_server")
 
-    def __init__(self, channel: TCPChannel, server: CountingServer) -> None:
+    def __init__(self, channel: TCPEndpoint, server: CountingServer) -> None:
         super().__init__(peer_address(channel.transport_stream))
         self._channel = channel
         self._server = server
 
-    async def open(self) -> TCPChannel:
+    async def open(self) -> TCPEndpoint:
         """See `Attempt.open`."""
         return self._channel
 
@@ -228,7 +318,7 @@ class CountedAttempt(Attempt):
             if failure.kind != "error":
                 log.warning("%s: login refused: %s", self.source, failure.reason)
 
-    def logged_in(self, channel: TCPChannel) -> LiveSession:
+    def logged_in(self, channel: TCPEndpoint) -> LiveSession:
         """See `Attempt.logged_in`."""
         self._server.counts.authenticated += 1
         session = LiveSession(channel, self.source, ticket_end(channel.peer))
@@ -236,10 +326,10 @@ class CountedAttempt(Attempt):
         return session
 
 
-class CountingServer(ConnectionServer[TCPChannel]):
+class CountingServer(ConnectionServer[TCPEndpoint]):
     """The library's server, which counts and logs."""
 
-    def __init__(self, handler: Handler, handshake_timeout: float, counts: ServerStatistics) -> None:
+    def __init__(self, handler: AnyHandler, handshake_timeout: float, counts: ServerStatistics) -> None:
         self.handler = handler
         self.counts = counts
         self.tickets = Tickets()
@@ -250,7 +340,7 @@ class CountingServer(ConnectionServer[TCPChannel]):
         """See `ConnectionServer.handshake_timeout`."""
         return self._handshake_timeout
 
-    def admit(self, arrived: TCPChannel) -> CountedAttempt:
+    def admit(self, arrived: TCPEndpoint) -> CountedAttempt:
         """See `ConnectionServer.admit`."""
         self.counts.accepted += 1
         return CountedAttempt(arrived, self)

@@ -7,6 +7,9 @@
 # that length must agree with the one in front of it. A token that passes here may still be anything; one that does not
 # pass cannot become a token, whatever follows.
 #
+# A NegotiateStream says what it is by its own first bytes, so one port can serve it and ours: but for one length of ours, which
+# begins as it does, and then it is the token that tells them apart (`is_negotiate_stream`).
+#
 # The reader of the error is an operator who has connected two things that do not fit, so the name of the protocol matters.
 
 from __future__ import annotations
@@ -30,6 +33,14 @@ _INITIATOR_TAGS: Final = frozenset(b"\x60\xa0\xa1")
 # NegTokenResp, Kerberos's AP-REP and KRB-ERROR, wrapped or bare.
 _ACCEPTOR_TAGS: Final = frozenset(b"\xa1\x60\x6f\x7e")
 
+# [MS-NNS] 2.2.1: message id, version, size.
+_NNS_MESSAGES: Final = b"\x14\x15\x16"
+_NNS_ERROR: Final = 0x15
+_NNS_HEADER: Final = 5
+_NNS_BEGINNING: Final = b"\x16\x01\x00"
+#: Bytes; see `is_negotiate_stream`.
+NEGOTIATE_STREAM_KNOWN_BY: Final = 6
+
 _HTTP_METHOD: Final = rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) "
 
 # In this order; each is matched at the very beginning.
@@ -37,7 +48,7 @@ _KNOWN: Final = tuple(
     (re.compile(pattern, re.DOTALL), name)
     for pattern, name in (
         # The handshake's record of NegotiateStream, [MS-NNS] 2.2.1: message id, version 1.0.
-        (rb"[\x14-\x16]\x01\x00", "a .NET NegotiateStream, a wire format that is not spoken here"),
+        (rb"[\x14-\x16]\x01\x00", "a .NET NegotiateStream, another wire format than this one"),
         # RFC 8446 5.1: content type, then the version of a record, 3.x. In an SSL 2.0 hello it stands further behind.
         (rb"\x16\x03[\x00-\x04]", "a TLS ClientHello; TLS is not spoken here"),
         (rb"\x15\x03[\x00-\x04]", "a TLS alert, so its sender speaks TLS"),
@@ -55,6 +66,8 @@ _KNOWN: Final = tuple(
         (rb"\0\0..(?:NTLM|[\x60\xa0\xa1])", "a token behind a length in big-endian order, which here is little-endian"),
     )
 )
+# A length of ours, and what may stand behind it.
+_OURS: Final = re.compile(rb"..\0\0(?:NTLM|[\x60\xa0\xa1\x6f\x7e])", re.DOTALL)
 _TEXT: Final = re.compile(rb"[\t\r\n -~]{4,}")
 
 
@@ -93,6 +106,47 @@ def check_beginning(data: bytes, limit: int, *, initiator: bool) -> None:
         return
     if length and not _may_begin_token(data[_PREFIX:], length, _INITIATOR_TAGS if initiator else _ACCEPTOR_TAGS):
         raise ForeignProtocolError(name_of(data))
+
+
+def check_negotiate_stream(data: bytes, *, initiator: bool) -> None:
+    """The same for the first message of a NegotiateStream's handshake.
+
+    Raises:
+      ForeignProtocolError: the first bytes cannot become one.
+    """
+    if not data:
+        return
+    # Its version is ignored, [MS-NNS] 3.1.5.2; but 3 is TLS's, whose first bytes are the same otherwise.
+    if data[0] not in _NNS_MESSAGES or data[1:2] == b"\x03":
+        ours = "the sample's or the framed wire format" if _OURS.match(data) else None
+        raise ForeignProtocolError(ours or name_of(data))
+    size = int.from_bytes(data[3:_NNS_HEADER], "big")
+    tags = _INITIATOR_TAGS if initiator else _ACCEPTOR_TAGS
+    if data[0] != _NNS_ERROR and len(data) > _NNS_HEADER and not _may_begin_token(data[_NNS_HEADER:], size, tags):
+        raise ForeignProtocolError(name_of(data[_NNS_HEADER:]))
+
+
+def is_negotiate_stream(data: bytes) -> bool | None:
+    """Whether an initiator speaks .NET's NegotiateStream, where it may also be the sample's format or `framed`.
+
+    Args:
+      data: the first bytes, as many as there are.
+
+    Returns:
+      None: more bytes are needed, at most `NEGOTIATE_STREAM_KNOWN_BY`.
+    """
+    if not data.startswith(_NNS_BEGINNING):
+        return None if _NNS_BEGINNING.startswith(data) else False
+    if len(data) == len(_NNS_BEGINNING):
+        return None
+    if data[len(_NNS_BEGINNING)]:
+        # As a length of ours it would be one of 16 MiB and more.
+        return True
+    # Or a token of 278 bytes behind its length; its second byte is then another than that of a token one byte later.
+    if len(data) < NEGOTIATE_STREAM_KNOWN_BY:
+        return None
+    length = int.from_bytes(data[:_PREFIX], "little")
+    return not _may_begin_token(data[_PREFIX:NEGOTIATE_STREAM_KNOWN_BY], length, _INITIATOR_TAGS)
 
 
 def _may_begin_token(body: bytes, length: int, tags: frozenset[int]) -> bool:

@@ -32,7 +32,7 @@ from .beginnings import BEGINNING_SIZE, check_beginning
 
 # The layouts. All integers are u32 little-endian, Windows's DWORD.
 #
-# Handshake, both formats:   length | token          either way, the initiator first
+# Handshake, these two:      length | token          either way, the initiator first
 # SAMPLE, after it:          trailer_length | trailer | ciphertext       once, acceptor to initiator
 # FRAMED, after it:          length | trailer_length | trailer | ciphertext     any number, either way
 #
@@ -41,8 +41,8 @@ from .beginnings import BEGINNING_SIZE, check_beginning
 #
 # FRAMED is ours. A sealed empty message is its goodbye, so that an end can be told from a cut.
 #
-# Room is kept for more: the first six bytes of a connection tell these handshakes from TLS (16 03)
-# and from the framing of .NET's NegotiateStream (16 01 00).
+# The third is .NET's, a byte stream: `negotiate_stream`. The first bytes of a connection tell it from these two,
+# `beginnings.wire_of`.
 
 Record: TypeAlias = tuple[bytes, bytes]
 """(trailer, ciphertext), as SSPI's EncryptMessage lays out SECBUFFER_TOKEN and SECBUFFER_DATA."""
@@ -77,7 +77,7 @@ def check_max_message_size(size: int) -> None:
 
 
 class WireFormat(enum.Enum):
-    """What is said on the connection after, and around, the handshake."""
+    """What is said on the connection around and after the handshake."""
 
     SAMPLE = "sample"
     """Microsoft's sample: the acceptor sends one sealed message and closes."""
@@ -85,21 +85,24 @@ class WireFormat(enum.Enum):
     FRAMED = "framed"
     """Any number of sealed messages in both directions, and an authenticated goodbye."""
 
+    NEGOTIATE_STREAM = "negotiate-stream"
+    """.NET's NegotiateStream, [MS-NNS]: a sealed byte stream."""
+
 
 class Codec:
-    """Bytes to tokens and records, and back. See `make_codec`."""
+    """Bytes to tokens, and back: what all formats have in common."""
 
     #: Can this format say goodbye?
-    has_goodbye: bool
+    has_goodbye: bool = False
+    #: Does the acceptor say in any case that the handshake is over, and the initiator wait for it?
+    acknowledges: bool = False
     #: Bytes; the longest token that may be sent.
     token_limit: int = MAX_TOKEN_SIZE
 
-    __slots__ = ("_eof", "_max_message_size", "_scanner", "_trailer_size")
+    __slots__ = ("_eof", "_scanner")
 
-    def __init__(self, max_message_size: int) -> None:
+    def __init__(self) -> None:
         self._scanner = FrameScanner(MAX_TOKEN_SIZE)
-        self._max_message_size = max_message_size
-        self._trailer_size = 0
         self._eof = False
 
     def feed(self, data: bytes | bytearray) -> None:
@@ -126,17 +129,40 @@ class Codec:
 
     # Handshake
 
-    def pack_token(self, token: bytes) -> bytes:
+    @property
+    def peer_done(self) -> bool:
+        """Whether the peer has said that its side of the handshake is over. Only a format that acknowledges knows."""
+        return False
+
+    def pack_token(self, token: bytes, *, done: bool) -> bytes:  # noqa: ARG002 - of formats that tell
         """The bytes on the wire for a handshake token.
+
+        Args:
+          token: empty only where the format acknowledges.
+          done: whether it is this side's last.
 
         Raises:
           AuthenticationError: the token is longer than a peer of this format can take.
         """
+        self._check_token(token)
+        return pack_frame(token)
+
+    def _check_token(self, token: bytes) -> None:
         if len(token) > self.token_limit:
             raise AuthenticationError(
                 f"our token of {len(token)} bytes is longer than the {self.token_limit} bytes that the peer can take"
             )
-        return pack_frame(token)
+
+    def pack_refusal(self, *, untrusted: bool) -> bytes:  # noqa: ARG002 - the same
+        """The bytes that tell the peer that the handshake has failed; none where the format cannot say it.
+
+        Args:
+          untrusted: see `AuthenticationError.untrusted`.
+        """
+        return b""
+
+    def restart(self) -> None:
+        """The handshake has failed; what follows may be another one."""
 
     def check_beginning(self, *, initiator: bool) -> None:
         """See that what has come of the peer's first token can become one; see `beginnings`.
@@ -168,10 +194,22 @@ class Codec:
             raise AuthenticationError("the peer sent an empty token")
         return token
 
-    # Records
-
     def begin_records(self, trailer_size: int) -> None:
         """The handshake is over: what follows are records with trailers of ``trailer_size`` bytes."""
+
+
+class MessageCodec(Codec):
+    """A format of messages. See `make_codec`."""
+
+    __slots__ = ("_max_message_size", "_trailer_size")
+
+    def __init__(self, max_message_size: int) -> None:
+        super().__init__()
+        self._max_message_size = max_message_size
+        self._trailer_size = 0
+
+    def begin_records(self, trailer_size: int) -> None:
+        """See `Codec.begin_records`."""
         self._trailer_size = trailer_size
 
     @property
@@ -220,7 +258,7 @@ def _split(record: bytes) -> Record:
         raise RemoteProtocolError(f"a record that cannot be split: {exc}") from None
 
 
-class FramedCodec(Codec):
+class FramedCodec(MessageCodec):
     """`WireFormat.FRAMED`."""
 
     __slots__ = ()
@@ -233,7 +271,7 @@ class FramedCodec(Codec):
         self._scanner.limit = _DWORD + trailer_size + self._max_message_size
 
     def pack_records(self, records: Sequence[Record]) -> bytes:
-        """See `Codec.pack_records`."""
+        """See `MessageCodec.pack_records`."""
         return pack_framed_records(records)
 
     def frames(self) -> list[bytes]:
@@ -247,7 +285,7 @@ class FramedCodec(Codec):
         return frames
 
     def records(self) -> Iterator[Record]:
-        """See `Codec.records`."""
+        """See `MessageCodec.records`."""
         while True:
             try:
                 record = self._scanner.next_frame()
@@ -265,11 +303,10 @@ class FramedCodec(Codec):
         return TruncatedError(f"the peer closed {where}, without a goodbye", at_boundary=at_boundary)
 
 
-class SampleCodec(Codec):
+class SampleCodec(MessageCodec):
     """`WireFormat.SAMPLE`."""
 
     __slots__ = ("_delivered", "_received")
-    has_goodbye = False
     token_limit = SAMPLE_TOKEN_SIZE
 
     def __init__(self, max_message_size: int) -> None:
@@ -279,7 +316,7 @@ class SampleCodec(Codec):
 
     @property
     def message_limit(self) -> int:
-        """See `Codec.message_limit`."""
+        """See `MessageCodec.message_limit`."""
         # With NTLM's 16 bytes of trailer 2028, with Kerberos AES's 60 it is 1984.
         return min(self._max_message_size, SAMPLE_RECORD_SIZE - _DWORD - self._trailer_size)
 
@@ -289,11 +326,11 @@ class SampleCodec(Codec):
         self._received.clear()
 
     def pack_records(self, records: Sequence[Record]) -> bytes:
-        """See `Codec.pack_records`."""
+        """See `MessageCodec.pack_records`."""
         return b"".join(pack_record(trailer, data) for trailer, data in records)
 
     def records(self) -> Iterator[Record]:
-        """See `Codec.records`."""
+        """See `MessageCodec.records`."""
         self._received += self._scanner.take_rest()
         if len(self._received) > SAMPLE_RECORD_SIZE:
             raise FrameTooLongError(len(self._received), SAMPLE_RECORD_SIZE)
@@ -305,11 +342,16 @@ class SampleCodec(Codec):
             yield _split(bytes(self._received))
 
 
-def make_codec(wire: WireFormat, max_message_size: int) -> Codec:
+def make_codec(wire: WireFormat, max_message_size: int) -> MessageCodec:
     """A codec for one connection.
 
     Args:
-      wire: the format.
+      wire: the format, one of messages.
       max_message_size: bytes of plaintext, for sending and receiving.
+
+    Raises:
+      LocalProtocolError: the format is a byte stream's.
     """
+    if wire is WireFormat.NEGOTIATE_STREAM:
+        raise LocalProtocolError("negotiate-stream is a byte stream, not messages: it takes an SSPIStream")
     return SampleCodec(max_message_size) if wire is WireFormat.SAMPLE else FramedCodec(max_message_size)

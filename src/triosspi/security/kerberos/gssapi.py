@@ -167,9 +167,9 @@ class KerberosContext(WithoutSPNEGO):
         opened = self._raw.unwrap(self.library_context, data)
         return UnwrapResult(data=opened.message, encrypted=opened.encrypted, qop=opened.qop)
 
-    def make_sealer(self) -> GSSWrapSealer:
+    def make_sealer(self, *, encrypt: bool) -> GSSWrapSealer:
         """See `Mechanism.make_sealer`."""
-        return GSSWrapSealer(self, KERBEROS_TRAILER_SIZES[self.enctype])
+        return GSSWrapSealer(self, KERBEROS_TRAILER_SIZES[self.enctype], encrypt=encrypt)
 
     def export_lucid(self) -> Any:
         """The keys and numbers of the context, which is of no use any more then."""

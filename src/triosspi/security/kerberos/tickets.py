@@ -31,6 +31,7 @@ _SSPI_NAMES: Final = {
     ContextFlag.SEQUENCE: "ISC_REQ_SEQUENCE_DETECT",
     ContextFlag.CONF: "ISC_REQ_CONFIDENTIALITY",
     ContextFlag.INTEG: "ISC_REQ_INTEGRITY",
+    ContextFlag.IDENTIFY: "ISC_REQ_IDENTIFY",
 }
 
 
@@ -100,14 +101,16 @@ def check(ticket: Ticket, policy: KerberosPolicy, demanded: int, service: Callab
     # In plain numbers: an enum's operators take a microsecond each.
     missing = int(demanded) & ~ticket.flags
     if missing:
-        raise AuthenticationError(f"Kerberos: the context of {who} lacks {ask_for(missing)}")
+        raise AuthenticationError(f"Kerberos: the context of {who} lacks {ask_for(missing)}", untrusted=True)
     if policy.channel_bound and not ticket.flags & _CHANNEL_BOUND:
         raise AuthenticationError(f"Kerberos: {who} sent no channel bindings")
     check_enctype(ticket.enctype, policy.allow_rc4)
     if policy.spns:
         name = service().rpartition("@")[0]
         if simple_upper(name) not in policy.spns:
-            raise AuthenticationError(f"Kerberos: {who} has a ticket for {printable(name)}, not for this service")
+            raise AuthenticationError(
+                f"Kerberos: {who} has a ticket for {printable(name)}, not for this service", untrusted=True
+            )
 
 
 def check_enctype(number: int, allow_rc4: bool) -> None:

@@ -15,6 +15,7 @@ from .verification import Login, NTLMPolicy, verify
 # What NTLM's own flags mean in GSS-API's terms.
 _SIGN_MEANS: Final = int(ContextFlag.REPLAY | ContextFlag.SEQUENCE | ContextFlag.INTEG)
 _SEAL_MEANS: Final = int(ContextFlag.CONF)
+_IDENTIFY_MEANS: Final = int(ContextFlag.IDENTIFY)
 
 
 class NTLMAcceptor(WithoutSPNEGO):
@@ -40,13 +41,16 @@ class NTLMAcceptor(WithoutSPNEGO):
         self._negotiate = self._challenge = b""
         self.complete = False
         self.login: Login | None = None
+        self._identify = False
 
     @property
     def flags(self) -> int:
         """See `Mechanism.flags`."""
         flags = 0 if self.login is None else self.login.flags
-        return (_SIGN_MEANS if flags & messages.NEGOTIATE_SIGN else 0) | (
-            _SEAL_MEANS if flags & messages.NEGOTIATE_SEAL else 0
+        return (
+            (_SIGN_MEANS if flags & messages.NEGOTIATE_SIGN else 0)
+            | (_SEAL_MEANS if flags & messages.NEGOTIATE_SEAL else 0)
+            | (_IDENTIFY_MEANS if self._identify else 0)
         )
 
     @property
@@ -65,6 +69,8 @@ class NTLMAcceptor(WithoutSPNEGO):
         if not self._challenge:
             self._challenge = self._proxy.step(token) or b""
             self._negotiate = token
+            # AUTHENTICATE has the flags that our CHALLENGE had, too, and pyspnego's never has this one. The MIC covers both.
+            self._identify = messages.asks_to_identify(token)
             return self._challenge
         message = messages.read_authenticate(token)
         account = self._accounts.lookup(message.domain, message.user) if message.user else None
@@ -88,6 +94,6 @@ class NTLMAcceptor(WithoutSPNEGO):
         """See `Mechanism.restart_rc4`."""
         pyspnego_compat.restart_rc4(self._proxy, outgoing=outgoing)
 
-    def make_sealer(self) -> ProxySealer:
+    def make_sealer(self, *, encrypt: bool) -> ProxySealer:
         """See `Mechanism.make_sealer`."""
-        return ProxySealer(self._proxy, NTLM_TRAILER_SIZE)
+        return ProxySealer(self._proxy, NTLM_TRAILER_SIZE, encrypt=encrypt)

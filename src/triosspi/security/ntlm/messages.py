@@ -20,6 +20,7 @@ NEGOTIATE_UNICODE: Final = 0x00000001
 NEGOTIATE_SIGN: Final = 0x00000010
 NEGOTIATE_SEAL: Final = 0x00000020
 NEGOTIATE_EXTENDED_SESSIONSECURITY: Final = 0x00080000
+NEGOTIATE_IDENTIFY: Final = 0x00100000
 NEGOTIATE_128: Final = 0x20000000
 NEGOTIATE_KEY_EXCH: Final = 0x40000000
 
@@ -68,6 +69,11 @@ class Authenticate:
             if self.payload_offset >= offset + MIC_SIZE:
                 return offset
         return None
+
+
+def asks_to_identify(negotiate: bytes) -> bool:
+    """Whether the client of a NEGOTIATE lets itself be identified only, [MS-NLMP] 2.2.2.5; of any bytes."""
+    return bool(int.from_bytes(negotiate[12:16], "little") & NEGOTIATE_IDENTIFY)
 
 
 def read_authenticate(raw: bytes) -> Authenticate:

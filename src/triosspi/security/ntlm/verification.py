@@ -135,7 +135,7 @@ def _check_form(message: Authenticate, challenge: bytes) -> None:
     challenge_flags = int.from_bytes(challenge[20:24], "little")
     missing = [name for flag, name in REQUIRED_FLAGS.items() if not message.flags & challenge_flags & flag]
     if missing:
-        raise AuthenticationError(f"NTLM: the client left out {', '.join(missing)}")
+        raise AuthenticationError(f"NTLM: the client left out {', '.join(missing)}", untrusted=True)
     if len(message.nt_response) <= _V1_RESPONSE_SIZE:
         raise AuthenticationError("NTLM: an LM or NTLMv1 response")
     if len(message.nt_response) < PROOF_SIZE + BLOB_HEADER_SIZE:
@@ -171,4 +171,6 @@ def _check_target(pairs: dict[int, bytes], policy: NTLMPolicy, who: str) -> None
     if not meant and policy.require_target == "allow":
         return
     if simple_upper(meant) not in policy.target_names:
-        raise AuthenticationError(f"NTLM: the client of {who} meant {printable(meant)}, not this server")
+        raise AuthenticationError(
+            f"NTLM: the client of {who} meant {printable(meant)}, not this server", untrusted=True
+        )

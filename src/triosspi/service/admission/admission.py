@@ -186,6 +186,13 @@ class Entry:
             if self._address is not None:
                 self._admission.sources.penalise(self._address, failure)
 
+    def may_try_again(self) -> bool:
+        """Whether a peer that has failed may try again on its connection. What `failed` is told next counts, too."""
+        if self._closed or (self._address is not None and self._admission.sources.shut_out(self._address)):
+            return False
+        self._failed = False
+        return True
+
     def evict(self) -> None:
         """Drop it for another's sake."""
         if not self.favoured and self.stage is not Stage.QUEUED:

@@ -35,7 +35,9 @@ from .passwords import (
 @click.option("--keytab", help="A keytab with the user's Kerberos key.")
 @click.option("--target", metavar="host/server", help="The service's SPN. [default: host/HOST]")
 @click.option("--mechanism", type=MECHANISMS, default="negotiate", show_default=True, help="How to log in.")
-@click.option("--message", "messages", multiple=True, help="What to send (framed); may be repeated. [default: stdin]")
+@click.option(
+    "--message", "messages", multiple=True, help="What to send (not in sample); may be repeated. [default: stdin]"
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Seconds."
 )
@@ -56,7 +58,9 @@ def connect(
     r"""Log in to a server and talk to it.
 
     With --wire sample the server speaks: its message is printed. With --wire framed each --message, or
-    each line of standard input that is not empty, is sent, and the reply to it printed.
+    each line of standard input that is not empty, is sent, and the reply to it printed. With --wire
+    negotiate-stream standard input (or each --message) goes to the server as it comes, and what the
+    server sends to standard output, until both have ended: Ctrl-D ends what you type.
 
     The password comes from --password-file, --password-stdin, the environment's TRIOSSPI_PASSWORD or a
     prompt: never from the command line, which other users of the machine can read. --ccache and --keytab
@@ -64,7 +68,7 @@ def connect(
     """
     host, port = parse_address(address, DEFAULT_PORT)
     if messages and wire == WireFormat.SAMPLE.value:
-        raise click.UsageError("--message needs --wire framed: in the sample's format only the server speaks")
+        raise click.UsageError("--message needs another --wire: in the sample's format only the server speaks")
     read_line = InputLines()
     to_send = [message_bytes(message) for message in messages]
     password = None
@@ -86,7 +90,9 @@ def connect(
         messages=to_send,
         timeout=timeout,
         read_line=read_line,
+        read=read_line.some,
         show=_show,
+        write=_write,
     )
     trio.run(run_client, options)
 
@@ -97,6 +103,13 @@ def _show(message: bytes) -> None:
         click.echo(harmless(message.decode(errors="backslashreplace"), keep="\n\t"))
     else:
         click.echo(message)
+
+
+def _write(data: bytes | bytearray) -> None:
+    if sys.stdout.isatty():
+        click.echo(harmless(data.decode(errors="backslashreplace"), keep="\n\t"), nl=False)
+    else:
+        click.echo(bytes(data), nl=False)
 
 
 def _find_password(user: str, file: Path | None, from_stdin: bool, read_line: InputLines) -> str:

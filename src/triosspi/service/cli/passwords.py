@@ -17,6 +17,11 @@ from ..._texts import LARGE, SMALL, decode, decode_lines, lines, read, refuse_ut
 _READ_SIZE: Final = 64 * 1024
 
 
+def _read() -> bytes:
+    # Without a standard input there is none of Python's either.
+    return cast("io.BufferedReader", sys.stdin.buffer).raw.read(_READ_SIZE) or b"" if sys.stdin is not None else b""
+
+
 class InputLines:
     """Called for each line of standard input; nothing at its end.
 
@@ -40,14 +45,21 @@ class InputLines:
         while not self._complete:
             if limit is not None and len(self._rest) > limit:
                 raise ConfigurationError(f"the line on standard input is longer than {limit >> 20} MiB")
-            # Without a standard input there is none of Python's either.
-            data = cast("io.BufferedReader", sys.stdin.buffer).raw.read(_READ_SIZE) if sys.stdin is not None else b""
-            if not data:
+            if not (data := _read()):
                 line, self._rest = self._rest, b""
                 return line
             *complete, self._rest = (self._rest + data).split(b"\n")
             self._complete += complete
         return self._complete.popleft() + b"\n"
+
+    def some(self) -> bytes:
+        """Whatever there is, lines or not, as soon as there is something; nothing at the end."""
+        if self._complete or self._rest:
+            data = b"".join(line + b"\n" for line in self._complete) + self._rest
+            self._complete.clear()
+            self._rest = b""
+            return data
+        return _read()
 
     def all(self, limit: int) -> bytes:
         """All lines that are left.

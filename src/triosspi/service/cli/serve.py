@@ -13,7 +13,7 @@ import click
 import trio
 
 from ...security.pyspnego_compat import allow_token_logging
-from ..config.assembly import DemoAccount, app_name, choose_app, needs_demo_account
+from ..config.assembly import DemoAccount, app_name, choose_app, message_wire, needs_demo_account
 from ..config.options import OptionError
 from ..config.settings import Serve
 from ..config.system import descriptor_limit, raise_descriptor_limit
@@ -36,8 +36,8 @@ def serve(context: click.Context, /, *, once: bool, verbose: bool, dump_tokens: 
     r"""Serve APP to authenticated clients until Ctrl-C or SIGTERM.
 
     APP is 'greet' (sends one message and closes; the default with --wire sample), 'echo' (sends
-    every message back; the default with --wire framed), or 'module:function', an async function that
-    takes the channel.
+    everything back; the default otherwise), or 'module:function', an async function that takes the
+    channel: an SSPIChannel, or of a NegotiateStream an SSPIStream.
 
     Options may stand in the file of --config, too, and in variables: see 'triosspi check-config --help'.
 
@@ -103,7 +103,7 @@ def _print_started(
     if demo is not None:
         _write(f"triosspi: demo account {demo.principal}, password {demo.password}; in another terminal:")
         place = places[0].replace("0.0.0.0:", "localhost:").replace("[::]:", "localhost:")
-        options = ["--wire", wire, "--mechanism", "ntlm", "--user", demo.principal]
+        options = ["--wire", message_wire(serve), "--mechanism", "ntlm", "--user", demo.principal]
         command = shlex.join([*_this_program(), "connect", place, *options])
         _write(f"  TRIOSSPI_PASSWORD={shlex.quote(demo.password)} {command}")
 

@@ -12,7 +12,7 @@ from ...security.credentials import Acceptor, Mechanism
 from ...security.ntlm.accounts import Account, AccountFile, AccountSource, AccountTable
 from ...security.ntlm.primitives import nt_hash
 from ...security.sealers import NTLM_TRAILER_SIZE
-from ...tcp import Handler
+from ...tcp import AnyHandler
 from ...wire import SAMPLE_RECORD_SIZE, WireFormat
 from ..apps import SAMPLE_MESSAGE, Greet, echo, load_app
 from .options import OptionError
@@ -110,17 +110,22 @@ def make_impersonation(impersonate: Impersonate, accounts: LocalAccounts) -> Imp
 
 def app_name(serve: Serve) -> str:
     """What is served: ``greet``, ``echo`` or ``module:function``."""
-    return serve.app or ("greet" if serve.wire == WireFormat.SAMPLE.value else "echo")
+    return serve.app or ("greet" if message_wire(serve) == WireFormat.SAMPLE.value else "echo")
 
 
-def choose_app(settings: StartSettings) -> Handler:
+def message_wire(serve: Serve) -> str:
+    """The wire format of what a server that does not know better would speak: with ``auto``, of its messages."""
+    return serve.auto_wire if serve.wire == "auto" else serve.wire
+
+
+def choose_app(settings: StartSettings) -> AnyHandler:
     """The application. One that is not built in is imported.
 
     Raises:
       ConfigurationError: there is no such thing, or it has no use for what it is given.
     """
     serve, name = settings.serve, app_name(settings.serve)
-    sample = serve.wire == WireFormat.SAMPLE.value
+    sample = message_wire(serve) == WireFormat.SAMPLE.value
     if serve.message is not None and name != "greet":
         raise OptionError("message", "is for the application 'greet'")
     if settings.impersonation.impersonate and name == "echo":

@@ -48,7 +48,16 @@ class Serve(StartSection, frozen=True, kw_only=True):
         str | None, About("'greet', 'echo' or 'module:function'.", argument=True, unset="as the wire format wants it")
     ] = None
     message: Annotated[str | None, About("What greet sends.", unset="the sample's message")] = None
-    wire: Annotated[Literal["sample", "framed"], About("The wire format.")] = "sample"
+    wire: Annotated[
+        Literal["sample", "framed", "negotiate-stream", "auto"],
+        About("The wire format; auto: what each client begins with."),
+    ] = "sample"
+    auto_wire: Annotated[
+        Literal["framed", "sample"], About("With auto: which of these two, since they begin alike.")
+    ] = "framed"
+    protection: Annotated[
+        Literal["encrypt", "sign"], About("What negotiate-stream's clients must ask for at least.")
+    ] = "encrypt"
     max_message_size: Annotated[
         Annotated[int, Meta(ge=1, le=LARGEST_MAX_MESSAGE_SIZE)],
         About("The longest message of the framed format.", kinds.SIZE),

@@ -94,7 +94,7 @@ class Telemetry:
     The audit log is the logger ``triosspi.audit``. Its events and their fields are stable:
 
     ``login`` (info)
-      ``session_id``, ``source``, ``principal``, ``mechanism`` (``ntlm`` or ``kerberos``), ``flags`` (names of
+      ``session_id``, ``source``, ``principal``, ``mechanism`` (``ntlm`` or ``kerberos``), ``wire``, ``flags`` (names of
       `ContextFlag`), ``mutual``, ``enctype``, ``delegated``, ``expires_at`` (ISO 8601), ``sid`` (from the PAC) and
       ``seconds`` that the handshake took. What does not apply is null.
     ``login refused`` (warning)
@@ -211,13 +211,14 @@ class Telemetry:
         )
 
     @_unfailing
-    def login(self, *, session_id: int, source: str, peer: PeerIdentity, seconds: float) -> None:
+    def login(self, *, session_id: int, source: str, peer: PeerIdentity, wire: str, seconds: float) -> None:
         """A peer has logged in.
 
         Args:
           session_id: what its `SessionEnd` will have.
           source: where it connects from.
           peer: who it is.
+          wire: the wire format's name.
           seconds: how long the handshake took.
         """
         self._handshake(peer.mechanism, "accepted", seconds)
@@ -227,6 +228,7 @@ class Telemetry:
             source=source,
             principal=peer.principal,
             mechanism=peer.mechanism,
+            wire=wire,
             flags=_flag_names(peer.flags),
             mutual=peer.mutual,
             enctype=peer.enctype,

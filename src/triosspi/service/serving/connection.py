@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal, NoReturn, cast
+from typing import Final, Literal, NoReturn
 
 import trio
 
 from ..._errors import AuthenticationError, printable
-from ...channel import ChannelOptions, SSPIChannel
 from ...security.credentials import Acceptor
 from ...session import Tracer
-from ...tcp import Attempt, ConnectionServer, End, Handler, LiveSession, LoginFailure, TCPChannel, ticket_end
+from ...tcp import Attempt, ConnectionServer, End, Handler, LiveSession, LoginFailure, TCPEndpoint, ticket_end
 from ..admission.admission import Admission, Dropped, Entry
 from ..admission.waiting import Stage
 from ..config.settings import Limits
@@ -23,6 +22,7 @@ from ..observe.telemetry import SessionEnd, Telemetry
 from .lifecycle import shutting_down
 from .login_stream import LoginStream
 from .sessions import Sessions, WatchedSession
+from .wires import Wires
 
 #: Seconds that are left for logins under way when the server begins to stop. An honest client needs a few round trips, for
 #: which a busy machine may take seconds; a client that only connects would hold up the stop for a whole login's time.
@@ -42,7 +42,7 @@ class Service(ConnectionServer[trio.SocketStream]):
     Args:
       handler: the application.
       acceptor: what clients authenticate with.
-      options: of their channels.
+      wires: what is spoken.
       limits: see `Limits`.
       keepalive: seconds until the kernel asks a silent peer whether it is there; None leaves it be.
       proxies: who must send a PROXY header.
@@ -55,7 +55,7 @@ class Service(ConnectionServer[trio.SocketStream]):
 
     handler: Handler
     acceptor: Acceptor
-    options: ChannelOptions
+    wires: Wires
     limits: Limits
     keepalive: float | None
     proxies: ProxyProtocol
@@ -184,7 +184,7 @@ class ServiceAttempt(Attempt):
         if self._deadline is not None:
             self._service.forget_deadline(self._deadline)
 
-    async def open(self) -> TCPChannel | None:
+    async def open(self) -> TCPEndpoint | None:
         """See `Attempt.open`."""
         service, entry = self._service, self._entry
         try:
@@ -204,19 +204,14 @@ class ServiceAttempt(Attempt):
             service.telemetry.dropped("nothing_said" if exc.nothing_said else "proxy_header", self.source)
             return None
         tune(self._stream, service.keepalive)
-        channel = SSPIChannel(
-            # For the handshake only, which asks no more of it.
-            cast(trio.SocketStream, watched),
-            service.acceptor,
-            tracer=None if service.make_tracer is None else service.make_tracer(),
-            **service.options.keywords(),
-        )
+        tracer = None if service.make_tracer is None else service.make_tracer()
+        channel = await service.wires.open(watched, service.acceptor, tracer)
         # Asked before our last token, which would tell the peer that its password was right. Where the mechanism has no such
         # token, `check` asks.
         watched.before_sending = partial(self._check_principal, channel)
         return channel
 
-    def check(self, channel: TCPChannel) -> bool:
+    def check(self, channel: TCPEndpoint) -> bool:
         """See `Attempt.check`."""
         self._check_principal(channel)
         channel.transport_stream = self._stream
@@ -236,6 +231,10 @@ class ServiceAttempt(Attempt):
             return super().out_of_time(timeout)
         return None
 
+    def may_try_again(self) -> bool:
+        """See `Attempt.may_try_again`."""
+        return self._entry.may_try_again()
+
     def failed(self, failure: LoginFailure) -> None:
         """See `Attempt.failed`."""
         if failure.kind == "nothing_said":
@@ -254,13 +253,19 @@ class ServiceAttempt(Attempt):
             timed_out=failure.kind == "timeout",
         )
 
-    def logged_in(self, channel: TCPChannel) -> WatchedSession:
+    def logged_in(self, channel: TCPEndpoint) -> WatchedSession:
         """See `Attempt.logged_in`."""
         service = self._service
         self._entry.authenticated(channel.peer.principal)
         session = WatchedSession(channel, self.source, ticket_end(channel.peer), self._entry)
         service.sessions.add(session)
-        service.telemetry.login(session_id=session.number, source=self.source, peer=channel.peer, seconds=self.seconds)
+        service.telemetry.login(
+            session_id=session.number,
+            source=self.source,
+            peer=channel.peer,
+            wire=channel.wire.value,
+            seconds=self.seconds,
+        )
         if service.logged_in is not None:
             service.logged_in()
         return session
@@ -281,7 +286,7 @@ class ServiceAttempt(Attempt):
             self._service.turns_are_wanted()
             await turn.wait()
 
-    def _check_principal(self, channel: TCPChannel) -> None:
+    def _check_principal(self, channel: TCPEndpoint) -> None:
         """See that the principal may have one more session. Before the login, do nothing.
 
         Raises:

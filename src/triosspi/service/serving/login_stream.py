@@ -26,14 +26,22 @@ class LoginStream(trio.abc.HalfCloseableStream):
         self._stream = stream
         self._entry = entry
         self.before_sending: Callable[[], object] = bool
+        self._put_back = b""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """See `trio.abc.ReceiveStream.receive_some` for details."""
+        if self._put_back:
+            data, self._put_back = self._put_back, b""
+            return data
         # Asking for more with nothing sent in between is waiting on: one byte a second does not make a peer younger.
         self._entry.busy = False
-        data = await self._stream.receive_some(max_bytes)
+        received = await self._stream.receive_some(max_bytes)
         self._entry.busy = True
-        return data
+        return received
+
+    def put_back(self, data: bytes) -> None:
+        """Have it received once more: it was only looked at."""
+        self._put_back = data
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all` for details."""

@@ -17,7 +17,7 @@ import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -25,11 +25,10 @@ from typing import Final
 import trio
 
 from ..._errors import ConfigurationError
-from ...channel import ChannelOptions, Impersonator
+from ...channel import Impersonator
 from ...security.credentials import Acceptor
 from ...session import Tracer
 from ...tcp import Handler, accept_forever
-from ...wire import WireFormat
 from ..admission.admission import Admission
 from ..config.settings import LiveSettings, StartSettings
 from ..network.listening import queued, remove_socket_files
@@ -44,6 +43,7 @@ from .connection import Service
 from .lifecycle import shutting_down
 from .reloading import Reading
 from .sessions import Sessions
+from .wires import Wires
 
 log = logging.getLogger("triosspi.server")
 
@@ -121,11 +121,7 @@ class Server:
         self._service = Service(
             handler=handler,
             acceptor=loaded.acceptor,
-            options=ChannelOptions(
-                wire=WireFormat(start.serve.wire),
-                max_message_size=start.serve.max_message_size,
-                impersonation=loaded.impersonation,
-            ),
+            wires=Wires.of(start.serve, loaded.impersonation),
             limits=live.limits,
             keepalive=live.connections.keepalive,
             proxies=ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix),
@@ -273,7 +269,7 @@ class Server:
         proxies = ProxyProtocol(live.connections.proxy_from, unix=live.connections.proxy_unix)
         configure_logs(live.log.log_level, live.log.log_format)
         service.acceptor = loaded.acceptor
-        service.options = replace(service.options, impersonation=loaded.impersonation)
+        service.wires = service.wires.impersonating(loaded.impersonation)
         service.limits = live.limits
         service.admission.reconfigure(live.limits)
         service.keepalive = live.connections.keepalive

@@ -23,7 +23,7 @@ from typing import Final
 import trio
 
 from ...security.identity import Traffic
-from ...tcp import NOTICE, LiveSession, Outcome, TCPChannel
+from ...tcp import NOTICE, LiveSession, Outcome, TCPEndpoint
 from ..admission.admission import Entry
 from ..config.settings import Limits
 
@@ -60,7 +60,7 @@ class WatchedSession(LiveSession):
 
     scope: trio.CancelScope
 
-    def __init__(self, channel: TCPChannel, source: str, expires: float | None, entry: Entry) -> None:
+    def __init__(self, channel: TCPEndpoint, source: str, expires: float | None, entry: Entry) -> None:
         super().__init__(channel, source, expires)
         self.number = next(_numbers)
         self.since = trio.current_time()
