@@ -75,7 +75,7 @@ lint: $(STAMPS)/os-serve $(STAMPS)/built
 bench:
 	@$(MAKE) --no-print-directory bench-here VENV=.venvs/bench EXTRAS=server,test,bench ARGS="$(ARGS)"
 
-bench-here: $(STAMPS)/os-test $(STAMPS)/built $(STAMPS)/bench-kerberos
+bench-here: $(STAMPS)/os-test $(STAMPS)/built $(STAMPS)/bench-others
 	$(BIN)/python bench/run.py $(ARGS)
 
 setup: $(STAMPS)/os-serve $(STAMPS)/built
@@ -122,8 +122,10 @@ $(STAMPS)/peers: tests/peers/requirements.txt tests/peers/requirements-no-deps.t
 	then touch $@; \
 	else case "$$CI" in '' | 0 | false | no) echo 'some tests will be skipped, for want of that' >&2;; *) exit 1;; esac; fi
 
-# Without it the Kerberos rows are missing.
-$(STAMPS)/bench-kerberos: $(STAMPS)/installed
+# Without them the rows of Kerberos and of .NET are missing.
+$(STAMPS)/bench-others: $(STAMPS)/installed tests/peers/requirements-no-deps.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[kerberos]' || \
 	    echo 'Kerberos will not be measured, for want of that' >&2
+	@$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r tests/peers/requirements-no-deps.txt || \
+	    echo '.NET will not be measured, for want of that' >&2
 	@touch $@

@@ -1,14 +1,14 @@
 r"""The load: many connections to one echo server, each with 1 or 16 messages outstanding.
 
-    python bench/load.py --port PORT --wire plain|tls|ntlm|kerberos [--connections 64] [--size 32] [--window 16]
-                         [--seconds 2] [--verify] [--server-pid PID]
+    python bench/load.py --port PORT --wire plain|tls|ntlm|kerberos|ntlm-stream|kerberos-stream [--connections 64]
+                         [--size 32] [--window 16] [--seconds 2] [--verify] [--server-pid PID]
 
 Prints one line of JSON: what the server has echoed, its CPU and latencies, and the load's own CPU, so that one can see
 which of the two was the limit. `--commands` reads such runs from standard input, a line of JSON each, and answers each
 with a line; the connections stay. A window slides: as many messages as come back are sent at once.
 
 It must be cheaper than any server: one thread on epoll, logins by pyspnego and python-gssapi, then sealing by
-`triosspi._sealing` where that is built, else by them. Replies are counted; with `--verify` each is opened and compared,
+`triosspi._sealing` where that is built, else by them. NegotiateStream is in `stream_load`. Replies are counted; with `--verify` each is opened and compared,
 byte by byte.
 
 NTLM: the account DOM\\alice, password in BENCH_PASSWORD. Kerberos: the ticket cache of KRB5CCNAME, service in
@@ -42,6 +42,7 @@ from baselines.prefixed import join, split
 RECEIVE_SIZE = 1 << 18
 #: Of a run's seconds, what passes before the measuring.
 WARM_UP = 0.2
+WIRES = ("plain", "tls", "ntlm", "kerberos", "ntlm-stream", "kerberos-stream")
 #: Seconds after which a server is given up.
 SILENCE = 30
 BLOCKING = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -176,6 +177,11 @@ class KerberosClient:
 
 def connect(port: int, wire: str, number: int) -> "list[Connection]":
     """Connect and log in, one after the other."""
+    if wire.endswith("-stream"):
+        # Only here: what it logs in with is not needed by the others, and it is made of what stands above.
+        from stream_load import connect_streams  # noqa: PLC0415
+
+        return connect_streams(port, wire, number)
     log_in = {"ntlm": log_in_by_ntlm, "kerberos": KerberosClient() if wire == "kerberos" else None}.get(wire)
     tls = None
     if wire == "tls":
@@ -245,6 +251,10 @@ class Connection:
             size += got
         # No data at all is half a TLS record, or a session ticket: not an end.
         return size or -1
+
+    def count(self, data: memoryview) -> int:
+        """How many bytes of replies these are; all of them where a message is as long on the way back as there."""
+        return len(data)
 
     def check(self, data: bytes) -> None:
         """That these are the replies expected."""
@@ -354,9 +364,10 @@ class Load:
             if got == 0:
                 raise ConnectionError("the server has closed a connection")
             return 0
+        data = memoryview(self._buffer)[:got]
         if self._verify:
-            connection.check(bytes(memoryview(self._buffer)[:got]))
-        done, connection.partial = divmod(connection.partial + got, reply_size)
+            connection.check(bytes(data))
+        done, connection.partial = divmod(connection.partial + connection.count(data), reply_size)
         now, left, sent = time.perf_counter(), done, connection.sent
         while left:
             entry = sent[0]
@@ -408,7 +419,7 @@ def percentile(latencies: Iterable[tuple[float, int]], share: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="many connections to an echo server")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--wire", choices=["plain", "tls", "ntlm", "kerberos"], required=True)
+    parser.add_argument("--wire", choices=WIRES, required=True)
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--size", type=int, default=32, help="bytes of a message (default: 32)")
     parser.add_argument("--window", type=int, default=16, help="messages outstanding to a connection (default: 16)")

@@ -28,6 +28,7 @@ from rich.rule import Rule
 import bench_backpressure
 import bench_connections
 import bench_echo
+import bench_negotiate_stream
 import bench_siege
 import bench_workers
 from measure import machine
@@ -38,11 +39,12 @@ RESULTS = BENCH / "results"
 PACKAGES = ("triosspi", "trio", "pyspnego", "gssapi", "cryptography")
 #: In this order. Those that are not modules below are scripts with a text to show.
 NAMES = (
-    *("framing", "sealing", "handshake", "echo", "connections", "crowd", "login_threads", "impersonation"),
-    *("workers", "siege", "backpressure"),
+    *("framing", "sealing", "handshake", "echo", "negotiate_stream", "connections", "crowd", "login_threads"),
+    *("impersonation", "workers", "siege", "backpressure"),
 )
 MODULES = {
     "echo": bench_echo,
+    "negotiate_stream": bench_negotiate_stream,
     "connections": bench_connections,
     "workers": bench_workers,
     "siege": bench_siege,

@@ -24,7 +24,7 @@ PASSWORD = "correct horse battery staple"
 CFLAGS = ["-O2", "-std=c99", "-D_GNU_SOURCE"]
 CORES = sorted(os.sched_getaffinity(0))
 
-Wire = Literal["plain", "tls", "ntlm", "kerberos"]
+Wire = Literal["plain", "tls", "ntlm", "kerberos", "ntlm-stream", "kerberos-stream"]
 
 
 @dataclass(frozen=True)
