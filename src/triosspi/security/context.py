@@ -276,9 +276,12 @@ class SecurityContext:
                 # The first that come from it. Nobody else can make either kind, so both may be tried.
                 signing, self._signing = self._signing, None
                 if refusal is not None and not data:
-                    data, refusal = signing.open_records(tokens)
-                    self._sealer = self.batch_sealer = signing
-                    self.encrypted = False
+                    data, of_signing = signing.open_records(tokens)
+                    # Only what opens shows it: else a bit changed on the way would have us answer in the clear.
+                    if data:
+                        refusal = of_signing
+                        self._sealer = self.batch_sealer = signing
+                        self.encrypted = False
         except Exception as exc:  # noqa: BLE001 - see the head of the file
             return b"", _unseal_error(_NOT_OPENED, exc)
         return data, None if refusal is None else _unseal_error(_NOT_OPENED, str(refusal))
