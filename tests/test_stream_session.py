@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from harness import frame, make_stream_sessions
-from triosspi import UnsealError
+from harness import frame, make_acceptor, make_initiator, make_stream_sessions, step_through
+from triosspi import Acceptor, Account, AuthenticationError, UnsealError
 from triosspi.security import context, native
+from triosspi.security.ntlm.accounts import AccountTable
+from triosspi.security.ntlm.primitives import nt_hash
 from triosspi.session import StreamSession
+from triosspi.session.base import MAX_ROUNDS
 
 Sessions = tuple[StreamSession, StreamSession]
 ANSWER = b"an answer that is nobody else's"
@@ -94,3 +98,58 @@ def test_what_a_signing_client_said_before_what_was_altered_comes_first() -> Non
     assert server.protection == "sign"
     with pytest.raises(UnsealError):
         server.next_opened()
+
+
+# Handshakes
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["spnego", "raw"])
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 7, 64])
+def test_a_handshake_and_data_in_pieces_of_any_size_are_the_same(raw: bool, piece: int) -> None:
+    client, server = make_stream_sessions(raw=raw, shake=False)
+    sender, receiver, data = client, server, client.step(None)
+    while data:
+        token = None
+        for start in range(0, len(data), piece):
+            assert token is None
+            receiver.receive_data(data[start : start + piece])
+            token = receiver.next_token()
+        assert token is not None
+        data = receiver.step(token)
+        sender, receiver = receiver, sender
+    assert client.established
+    assert server.established
+    for ours, theirs in ((client, server), (server, client)):
+        sealed, opened = ours.seal_checked(b"hello"), b""
+        for start in range(0, len(sealed), piece):
+            theirs.receive_data(sealed[start : start + piece])
+            opened += theirs.next_opened()
+        assert opened == b"hello"
+
+
+def test_a_handshake_that_does_not_end_is_refused_after_so_many_tokens() -> None:
+    server = StreamSession(make_acceptor())
+    first = make_stream_sessions(shake=False)[0].step(None)
+    for _ in range(MAX_ROUNDS):
+        server.receive_data(first)
+        token = server.next_token()
+        assert token is not None
+    server.receive_data(first)
+    with pytest.raises(AuthenticationError, match=f"after {MAX_ROUNDS} tokens"):
+        server.next_token()
+    assert not server.established
+
+
+def test_a_wrong_password_an_unknown_and_a_disabled_account_are_told_the_same() -> None:
+    accounts = AccountTable()
+    accounts.add(Account("DOM", "alice", nt_hash("right")))
+    accounts.add(Account("DOM", "bob", nt_hash("right"), enabled=False))
+    said = set()
+    for username, password in (("alice", "wrong"), ("nobody", "right"), ("bob", "right")):
+        client = StreamSession(make_initiator(password, username=f"DOM\\{username}"))
+        server = StreamSession(Acceptor(accounts=accounts))
+        with pytest.raises(AuthenticationError) as caught:
+            step_through(client, server)
+        said.add(server.refuse(caught.value))
+        assert not server.established
+    assert said == {struct.pack(">BHH", 0x15, 0x0100, 8) + bytes.fromhex("0c030980 8009030c")}
