@@ -394,7 +394,7 @@ def test_the_sample_message_is_printed_whatever_way_the_password_comes(
 
 def test_a_refused_login_is_one_line_and_holds_no_password(call: Call, sample: str) -> None:
     outcome = call("connect", sample, *LOGIN, "--password-stdin", stdin=b"Wr0ngPassw0rd\n")
-    assert_one_line(outcome, 1, f"no login at {sample}", "check --user, the password and --mechanism")
+    assert_one_line(outcome, 1, f"no login at {sample}", "check --user, the password, --mechanism and --wire")
     assert "Wr0ng" not in outcome.err
 
 

@@ -159,7 +159,7 @@ async def test_a_refused_login_says_what_to_check(mechanism: str) -> None:
     async with serving(Greet(), WireFormat.SAMPLE) as port:
         text = await Conversation(port, WireFormat.SAMPLE, password="wrong", mechanism=mechanism).fail()
     assert text.startswith(f"no login at {HOST}:{port}: ")
-    assert text.endswith("login probably refused; check --user, the password and --mechanism")
+    assert text.endswith("login probably refused; check --user, the password, --mechanism and --wire")
     assert "wrong" not in text
 
 
