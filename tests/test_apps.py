@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from harness import SERVER_MESSAGE, connected_channels
-from triosspi import ConfigurationError, WireFormat
+from harness import SERVER_MESSAGE, connected_channels, make_acceptor, make_initiator
+from triosspi import ConfigurationError, SSPIStream, WireFormat
 from triosspi.service.apps import SAMPLE_MESSAGE, Greet, echo, load_app
 
 
@@ -44,6 +46,26 @@ async def test_echo_sends_a_batch_back_in_one_piece_and_ends_with_the_goodbye() 
         assert server.transport_stream.calls.count("send_all") == sends + 1
         await client.aclose()
     await server.aclose()
+
+
+class AsPeer:
+    """In the place of an `Impersonation`: does not become anybody."""
+
+    async def run_as_peer(self, peer: object, function: Any, *args: Any, **_: object) -> Any:
+        return function(*args)
+
+
+async def test_greet_on_a_stream_waits_for_the_clients_first_word_before_it_becomes_the_client() -> None:
+    client_side, server_side = trio.testing.memory_stream_pair()
+    impersonation: Any = AsPeer()
+    client = SSPIStream(client_side, make_initiator())
+    server: Any = SSPIStream(server_side, make_acceptor(), impersonation=impersonation)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Greet(b"good day", impersonate=True), server)
+        await client.send_all(b"hello")
+        assert await client.receive_some() == b"good day"
+    await trio.aclose_forcefully(client)
+    await trio.aclose_forcefully(server)
 
 
 @pytest.fixture

@@ -133,7 +133,9 @@ def test_the_peer_is_known_by_what_its_ticket_says(
 
 def test_delegated_credentials_are_noticed(kdc: Kdc, connect: Connect) -> None:
     flags = ("delegate", "mutual", "replay", "sequence", "conf", "integ")
-    assert log_in(new_session(kdc), connect(flags=flags)).peer.delegated
+    peer = log_in(new_session(kdc), connect(flags=flags)).peer
+    assert peer.delegated
+    assert peer.impersonation_level == "delegation"
 
 
 def test_without_mutual_authentication_the_peer_is_not_mutual(kdc: Kdc, connect: Connect) -> None:

@@ -26,7 +26,9 @@ from peers.kerberos.fixtures import MitKdc
 from peers.requirements import require_nothing
 from triosspi import (
     Acceptor,
+    ImpersonationError,
     Initiator,
+    PeerIdentity,
     PeerRefusalError,
     ServerStatistics,
     SSPIStream,
@@ -92,8 +94,11 @@ class Server:
         self.streams: list[Stream] = []
         self.statistics = ServerStatistics()
 
-    async def echo(self, stream: Stream) -> None:
+    async def serve(self, stream: Stream) -> None:
         self.streams.append(stream)
+        await self.echo(stream)
+
+    async def echo(self, stream: Stream) -> None:
         async for data in stream:
             await stream.send_all(data)
 
@@ -102,7 +107,7 @@ class Server:
 async def serving(acceptor: Acceptor, **options: Any) -> AsyncIterator[Server]:
     server = Server()
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_negotiate_stream_over_tcp, server.echo, 0, acceptor, host=HOST, **options)
+        serve = partial(serve_negotiate_stream_over_tcp, server.serve, 0, acceptor, host=HOST, **options)
         (listener,) = await nursery.start(partial(serve, statistics=server.statistics))
         server.port = listener.transport_listener.socket.getsockname()[1]
         yield server
@@ -184,6 +189,40 @@ async def test_we_know_what_a_client_allows_to_be_done_in_its_name(
     async with serving(login.acceptor) as server:
         await talk(login, server, partial(logged_in, login=login, impersonation=level))
         assert server.streams[0].peer.impersonation_level == seen
+
+
+class Recorder:
+    """In the place of an `Impersonation`: does not become anybody."""
+
+    async def run_as_peer(self, peer: PeerIdentity, function: Callable[..., T], *args: Any, **_: object) -> T:
+        return function(*args)
+
+
+@pytest.mark.parametrize("login", KINDS[1:3], indirect=True)
+async def test_nobody_is_impersonated_who_allows_only_to_be_identified(login: Login) -> None:
+    outcomes: list[str] = []
+
+    async def handler(stream: Stream) -> None:
+        # It proves its key.
+        assert await stream.receive_some() == b"1"
+        try:
+            outcomes.append(await stream.run_as_peer(str, "as the client"))
+        except ImpersonationError as exc:
+            outcomes.append(str(exc))
+        await stream.send_all(b"2")
+
+    def conversation(client: DotnetClient, level: ImpersonationLevel) -> bytes:
+        logged_in(client, login, impersonation=level)
+        client.write(b"1")
+        return client.read_exactly(1)
+
+    impersonation: Any = Recorder()
+    async with serving(login.acceptor, impersonation=impersonation) as server:
+        server.echo = handler  # type: ignore[method-assign]
+        for level, _ in LEVELS:
+            assert await talk(login, server, partial(conversation, level=level)) == b"2"
+    assert "to be identified" in outcomes[0]
+    assert outcomes[1:] == ["as the client"]
 
 
 @all_kinds

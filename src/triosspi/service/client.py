@@ -109,7 +109,9 @@ async def run_client(options: ConnectOptions) -> None:
         raise ConnectError(f"{where} did not answer within {options.timeout:g} s: is --wire as the server's?") from None
     except trio.BrokenResourceError as exc:
         if isinstance(exc.__cause__, AuthenticationError):
-            raise ConnectError(f"no login at {where}: {exc}; check --user, the password, --mechanism and --wire") from None
+            raise ConnectError(
+                f"no login at {where}: {exc}; check --user, the password, --mechanism and --wire"
+            ) from None
         if is_ordinary_end(exc):
             raise ConnectError(f"{where} closed the connection before it had answered: see its log") from None
         if isinstance(exc.__cause__, RemoteProtocolError):
