@@ -8,9 +8,13 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from spnego._ntlm_raw.crypto import RC4Handle, sealkey, signkey
+from spnego._ntlm_raw.messages import NegotiateFlags
+from spnego._ntlm_raw.security import sign as pyspnego_sign
 
 import sealing_reference as reference
 from test_sealing import (
+    FLAGS,
     KEY,
     RELEASED,
     MitContexts,
@@ -27,7 +31,9 @@ from test_sealing import (
     split_large,
     turned,
 )
+from test_sealing_records import pieces
 from triosspi._sealing import KerberosSealer, NTLMSealer, SealingError
+from triosspi.wire import RECORD_DATA_SIZE
 
 __all__ = ["mit"]  # a fixture
 
@@ -240,3 +246,42 @@ def test_tokens_of_mits_open_turned_or_not_with_the_cut_where_the_message_begins
         for rotation in (0, reference.ENCTYPES[enctype].mac_size):
             token = turned(wrap(peer, message, False, None).message, rotation)
             assert ours.open(*divided(token, size)) == message
+
+
+@each_enctype
+@each_side
+def test_mit_opens_what_is_signed_only_and_the_reverse(
+    mit: Callable[[int], MitContexts], enctype: int, initiator: bool
+) -> None:
+    from gssapi.raw import IOV, IOVBufferType, unwrap, wrap, wrap_iov
+
+    rng = random.Random(enctype)
+    ours, peer = mit(enctype).halves(initiator, encrypt=False)
+    for piece in (1, 16, 17, 1000, RECORD_DATA_SIZE):
+        for size in (1, piece + 1, 3 * piece + 5):
+            data = rng.randbytes(size)
+            made = [unwrap(peer, token) for token in split_records(ours.seal_records(data, piece))]
+            assert b"".join(each.message for each in made) == data
+            assert not any(each.encrypted for each in made)
+            tokens = [wrap(peer, each, False, None).message for each in pieces(data, piece)]
+            assert ours.open_records(tokens) == (data, None)
+    for message in (b"turned as SSPI does it", b""):
+        sent = IOV(IOVBufferType.header, message, IOVBufferType.padding, std_layout=False)
+        wrap_iov(peer, sent, False, None)
+        assert ours.open_records([b"".join(each.value or b"" for each in sent)]) == (message, None)
+
+
+@each_side
+def test_ntlm_signs_as_pyspnego_does(initiator: bool) -> None:
+    key, side = bytes(range(16)), "initiate" if initiator else "accept"
+    flags = NegotiateFlags(FLAGS)
+    handle, signing_key = RC4Handle(sealkey(flags, key, side)), signkey(flags, key, side)
+    ours, peer = (
+        NTLMSealer(key, initiator=which, send_sequence=0, receive_sequence=0, encrypt=False)
+        for which in (initiator, not initiator)
+    )
+    for number, size in enumerate((0, 1, 16, 1000, RECORD_DATA_SIZE)):
+        data = random.Random(size).randbytes(size)
+        expected = pyspnego_sign(FLAGS, handle, signing_key, number, data) + data  # type: ignore[arg-type, unused-ignore]
+        assert b"".join(ours.seal(data)) == expected
+        assert peer.open_records([expected]) == (data, None)
